@@ -1,0 +1,25 @@
+"""What the tests share: where the licensed test data lies, and that it may be absent."""
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    "The folder of real annotation files and clips (`XMIC_TEST_DATA`); the test is skipped where it is absent."
+    folder = Path(os.environ.get("XMIC_TEST_DATA", ROOT / "../shared/data")).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"needs the licensed test data: {folder} does not exist (set XMIC_TEST_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden(shared_data: Path) -> Path:
+    "The folder of reference inputs, weights, outputs and gradients, beside the test data."
+    folder = shared_data.parent / "golden"
+    if not folder.is_dir():
+        pytest.skip(f"needs the golden vectors: {folder} does not exist")
+    return folder

@@ -1,0 +1,200 @@
+"""The attention block and X-MIC against the reference vectors, and what must hold whatever the weights are."""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file
+
+from xmic.adapter import XMIC, Batch, EgoSpatioTemporalAttention, ZeroShot, cosine_logits, trained_parameters
+from xmic.attention import Transformer
+from xmic.encoders import ClassEmbeddings
+from xmic.files import DataError
+
+VARIANTS = {  # the release's name of an arrangement -> ours
+    "attention_hand": dict(spatial_layers=0),
+    "attention_full": dict(spatial_layers=0),
+    "multigroup_attention_mean": dict(temporal_layers=0, positions="none"),
+    "multigroup_attention_reshape": dict(merge="concat", positions="none"),
+    "attention_with_full_frames_avg": dict(spatial_layers=0),
+    "attention_with_full_frames": dict(spatial_layers=0, merge="concat", positions="as released"),
+    "avg": dict(spatial_layers=0, temporal_layers=0, positions="none"),
+    "max": dict(spatial_layers=0, temporal_layers=0, positions="none", merge="concat", pool="max"),
+}
+RENAMED = [("temporalModelling_intra_frame.", "adapter.spatial."), ("temporalModelling_inter_frame.", "adapter.temporal."),
+           ("temporalModelling.", "adapter.temporal."), ("temporalEmbedding.weight", "adapter.temporal_embedding"),
+           ("meta_net.linear1.", "mlp.0."), ("meta_net.linear2.", "mlp.2.")]
+
+
+def our_name(name: str, variant: str = "") -> str:
+    if variant == "multigroup_attention_mean":
+        name = name.replace("temporalModelling.", "temporalModelling_intra_frame.")
+    for old, new in RENAMED:
+        if name.startswith(old):
+            return name.replace(old, new, 1)
+    return name
+
+
+def build(tensors: dict, prefix: str, dtype: torch.dtype, variant: str = "", **settings) -> XMIC:
+    "X-MIC with the reference's weights; every tensor that this variant uses is loaded, and no other."
+    state = {our_name(k.removeprefix(prefix), variant): v for k, v in tensors.items() if k.startswith(prefix)}
+    method = XMIC(tensors["in/class_embeddings"].shape[1], state["mlp.0.weight"].shape[1], frames=4, **settings)
+    unused = set(state) - set(method.state_dict())
+    assert unused <= {"adapter.temporal_embedding"} and (not unused or settings.get("positions") == "none")
+    missing = method.load_state_dict({k: v for k, v in state.items() if k not in unused}, strict=False).missing_keys
+    assert missing == ["scale"]
+    return method.to(dtype)
+
+
+def check(method: XMIC, tensors: dict, context: torch.Tensor, expected: str, dtype: torch.dtype,
+          gradients: str, variant: str = "", gradient_tolerance: float | None = None) -> None:
+    "Vector, logits, loss and every gradient agree with the reference's."
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    floor = 1e-3 if dtype == torch.float64 else 1.0  # float32 is compared absolutely below one: the reference's own float32 run is
+    close = lambda a, b, rtol=tolerance: torch.testing.assert_close(  # up to 4e-6 off in the gradients
+        a.double(), b.double(), rtol=rtol, atol=rtol * float(b.double().abs().max().clamp_min(floor)))
+    batch = Batch(tensors["in/frames"].to(dtype), context.to(dtype))
+    classes = ClassEmbeddings(tuple(map(str, range(len(tensors["in/class_embeddings"])))), tensors["in/class_embeddings"].to(dtype))
+    logits = method(batch, classes)
+    loss = F.cross_entropy(logits, tensors["in/labels"])
+    close(method.vector(batch.context), tensors[f"{expected}a_v"])
+    close(logits, tensors[f"{expected}logits"])
+    close(loss, tensors[f"{expected}loss"])
+    loss.backward()
+    compared = set()
+    for name, reference in tensors.items():
+        if not name.startswith(gradients):
+            continue
+        ours = our_name(name.removeprefix(gradients), variant)
+        gradient = dict(method.named_parameters())[ours].grad
+        if ours.endswith("in_proj_bias"):  # the key third is zero in exact arithmetic
+            width = len(reference) // 3
+            assert gradient[width:2 * width].abs().max() < (1e-12 if dtype == torch.float64 else 1e-5)
+            keep = [*range(width), *range(2 * width, 3 * width)]
+            gradient, reference = gradient[keep], reference[keep]
+        close(gradient, reference, gradient_tolerance or tolerance)
+        compared.add(ours)
+    stored = any(name.startswith(gradients) for name in tensors)  # the arrangements other than hand and full carry no gradients
+    assert compared == ({n for n, p in method.named_parameters() if p.requires_grad} if stored else set())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_xmic_equals_the_reference(golden, dtype):
+    tensors = load_file(golden / "xmic.safetensors")
+    context = torch.stack([tensors["in/hand"], tensors["in/full"]], dim=2)
+    method = build(tensors, "param/", dtype)
+    check(method, tensors, context, "out/", dtype, "grad/")
+    other = tensors["in/test_class_embeddings"].to(dtype)
+    logits = method(Batch(tensors["in/frames"].to(dtype), context.to(dtype)), ClassEmbeddings(tuple("abcde"), other))
+    torch.testing.assert_close(logits.double(), tensors["out/test_logits"], rtol=1e-10 if dtype == torch.float64 else 1e-5, atol=1e-4 if dtype == torch.float32 else 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("case", ["000", "100", "010", "001", "110", "101", "011", "111"])
+def test_normalisations_equal_the_reference(golden, case, dtype):
+    tensors = load_file(golden / "xmic_norms.safetensors")
+    n1, n2, n3 = (digit == "1" for digit in case)
+    method = build(tensors, "param/", dtype, norm_input=n1, norm_vector=n2, norm_text=n3)
+    stream = tensors["in/adapter_stream"]
+    context = stream.view(len(stream), -1, 2, stream.shape[-1])
+    check(method, tensors, context, f"case_{case}/", dtype, f"case_{case}/grad/",
+          gradient_tolerance=2e-6 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_arrangements_equal_the_reference(golden, variant, dtype):
+    tensors = load_file(golden / "xmic_streams.safetensors")
+    views = {"attention_hand": ["in/hand"], "attention_full": ["in/full"]}.get(variant, ["in/hand", "in/full"])
+    context = torch.stack([tensors[view] for view in views], dim=2)
+    prefix = "attention/param/" if len(views) == 1 else f"{variant}/param/"
+    method = build(tensors, prefix, dtype, variant, **VARIANTS[variant])
+    check(method, tensors, context, f"{variant}/", dtype, f"{variant}/grad/", variant)
+
+
+def test_parameter_counts():
+    assert trained_parameters(XMIC(512)) == 3_594_657
+    assert trained_parameters(XMIC(512, 1024)) == 14_299_457
+    assert trained_parameters(XMIC(512, train_logit_scale=False)) == 3_594_656
+    assert trained_parameters(ZeroShot()) == 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(c=st.integers(1, 9), b=st.integers(1, 9), d=st.integers(1, 40), size=st.floats(0.0, 30.0), seed=st.integers(0, 999))
+def test_cosine_logits_equals_the_literal_sum(c, b, d, size, seed):
+    g = torch.Generator().manual_seed(seed)
+    text, vector, video = (torch.randn(n, d, generator=g, dtype=torch.float64) for n in (c, b, b))
+    vector = (size * vector).requires_grad_()
+    ours = cosine_logits(text, vector, video, 100.0)
+    mine, = torch.autograd.grad(ours.square().sum(), vector)
+    literal = 100 * torch.cosine_similarity(text[None] + vector[:, None], video[:, None], dim=-1, eps=1e-300)
+    theirs, = torch.autograd.grad(literal.square().sum(), vector)
+    torch.testing.assert_close(ours, literal, rtol=1e-8, atol=1e-7)
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4 * max(1.0, float(theirs.abs().max())))
+
+
+def test_cosine_logits_stay_in_float32_under_autocast():
+    text, vector, video = torch.randn(5, 64) * 10, torch.randn(3, 64), torch.randn(3, 64)
+    exact = cosine_logits(text.double(), vector.double(), video.double(), 100.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = cosine_logits(text, vector, video, 100.0)
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed.double(), exact, rtol=1e-4, atol=1e-3)
+
+
+def test_cosine_logits_never_hold_a_class_by_dimension_tensor_per_video():
+    b, c, d = 8, 50, 64
+    largest = 0
+
+    def remember(tensor):
+        nonlocal largest
+        largest = max(largest, tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
+        cosine_logits(torch.randn(c, d), torch.randn(b, d, requires_grad=True), torch.randn(b, d), 1.0).sum().backward()
+    assert 0 < largest <= c * d < b * c * d
+
+
+def test_without_any_attention_the_output_is_the_mean():
+    x = torch.randn(3, 16, 2, 32)
+    module = EgoSpatioTemporalAttention(32, spatial_layers=0, temporal_layers=0, positions="none")
+    torch.testing.assert_close(module(x), x.mean((1, 2)))
+
+
+def test_clean_positions_follow_time_in_a_concatenated_sequence():
+    module = EgoSpatioTemporalAttention(32, frames=3, spatial_layers=0, temporal_layers=0, merge="concat")
+    tokens = module.tokens(torch.zeros(1, 3, 2, 32))[0]
+    torch.testing.assert_close(tokens, module.temporal_embedding.repeat_interleave(2, 0))
+
+
+def test_conditioning_width_may_differ_from_clip():
+    batch = Batch(torch.randn(2, 16, 24), torch.randn(2, 16, 2, 32))
+    classes = ClassEmbeddings(("a", "b"), torch.randn(2, 24))
+    for post_mlp in (True, False):
+        assert XMIC(24, 32, post_mlp=post_mlp)(batch, classes).shape == (2, 2)
+
+
+def test_attention_maps_are_distributions():
+    maps = EgoSpatioTemporalAttention(32).attention(torch.randn(2, 16, 2, 32))
+    assert {k: tuple(v.shape) for k, v in maps.items()} == {"spatial": (2, 16, 2, 2), "temporal": (2, 16, 16)}
+    for weights in maps.values():
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(merge="sum"), "merge='sum'"), (dict(positions="learned"), "positions='learned'"), (dict(heads=5), "heads=5")])
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(DataError, match=message):
+        EgoSpatioTemporalAttention(32, **settings)
+
+
+def test_another_number_of_frames_is_refused():
+    with pytest.raises(DataError, match="built for 16 frames"):
+        EgoSpatioTemporalAttention(32)(torch.randn(1, 8, 2, 32))
+
+
+def test_no_layers_is_the_identity():
+    x = torch.randn(2, 5, 16)
+    assert torch.equal(Transformer(16, 0)(x), x)

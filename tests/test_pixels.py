@@ -1,0 +1,102 @@
+"""Preprocess: the same 8-bit image as CLIP's own transform, boxes, bad input, and no torch."""
+import subprocess
+import sys
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+
+from xmic.files import DataError
+from xmic.pixels import CLIP_MEAN, CLIP_STD, Preprocess, crop_box
+
+SIZES = [(256, 456), (1080, 1920), (456, 256), (224, 224), (225, 224), (224, 333), (223, 227), (480, 640), (97, 401),
+         (101, 37), (31, 33), (720, 721), (1, 5), (7, 1), (256, 340)]
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def reference(frame: np.ndarray, preprocess: Preprocess):
+    "open_clip's inference transform: (its 8-bit image, its normalised tensor)."
+    transform = open_clip.image_transform(preprocess.size, is_train=False, mean=preprocess.mean, std=preprocess.std,
+                                          resize_mode=preprocess.resize, interpolation=preprocess.interpolation)
+    image = Image.fromarray(frame)
+    spatial = type(transform)(transform.transforms[:-2])
+    return np.asarray(spatial(image)), transform(image)
+
+
+def test_constants_are_clips():
+    assert CLIP_MEAN == open_clip.OPENAI_DATASET_MEAN and CLIP_STD == open_clip.OPENAI_DATASET_STD
+
+
+@pytest.mark.parametrize("resize", ["shortest", "squash"])
+@pytest.mark.parametrize("size", SIZES)
+def test_equals_open_clip(size, resize):
+    frame, preprocess = noise(*size, 3), Preprocess(resize=resize)
+    image, normalised = reference(frame, preprocess)
+    square = preprocess.pixels(frame[None])[0]
+    assert np.array_equal(square, image)
+    x = torch.from_numpy(square).permute(2, 0, 1) / 255
+    x = (x - torch.tensor(preprocess.mean)[:, None, None]) / torch.tensor(preprocess.std)[:, None, None]
+    assert (x - normalised).abs().max() < 1e-6
+
+
+@given(st.integers(2, 90), st.integers(2, 90), st.integers(1, 70), st.sampled_from(["shortest", "squash"]),
+       st.sampled_from(["bicubic", "bilinear"]))
+@settings(max_examples=300, deadline=None)
+def test_equals_open_clip_at_any_size(height, width, size, resize, interpolation):
+    frame, preprocess = noise(height, width, 3, seed=height), Preprocess(size, resize, interpolation)
+    assert np.array_equal(preprocess.pixels(frame[None])[0], reference(frame, preprocess)[0])
+
+
+def test_a_box_is_a_crop_and_then_the_whole_frame_rule():
+    frames, boxes = noise(3, 120, 200, 3), [(10, 20, 90, 110), None, (0, 0, 200, 120)]
+    preprocess = Preprocess(64)
+    squares = preprocess.pixels(frames, boxes)
+    assert np.array_equal(squares[0], reference(np.ascontiguousarray(frames[0, 20:110, 10:90]), preprocess)[0])
+    assert np.array_equal(squares[1:], preprocess.pixels(frames[1:]))
+
+
+def test_boxes_are_rounded_and_cut_at_the_edges():
+    frame = noise(50, 80, 3)
+    assert np.array_equal(crop_box(frame, (-3.2, 9.6, 85.0, 49.51)), frame[10:50, 0:80])
+    assert np.array_equal(crop_box(frame, np.array([1, 2, 3, 4], np.int16)), frame[2:4, 1:3])
+
+
+@pytest.mark.parametrize("box", [(90, 0, 100, 20), (0, 60, 10, 70), (10, 10, 10, 20), (20, 10, 10, 20), (-9, -9, -1, -1),
+                                 (0, 0, float("nan"), 9), (0, 0, float("inf"), 9), (1, 2, 3), "box!", 7])
+def test_a_box_without_pixels_is_refused(box):
+    with pytest.raises(DataError, match="box"):
+        Preprocess(32).pixels(noise(1, 50, 80, 3), [box])
+
+
+@pytest.mark.parametrize("frames", [np.zeros((1, 8, 8, 3), np.float32), np.zeros((8, 8, 3), np.uint8),
+                                    np.zeros((1, 3, 8, 8), np.uint8), np.zeros((1, 0, 8, 3), np.uint8), [[1, 2]], None])
+def test_other_arrays_are_refused(frames):
+    with pytest.raises(DataError, match="frames"):
+        Preprocess().pixels(frames)
+
+
+def test_settings_and_counts_are_checked():
+    with pytest.raises(DataError, match="longest.*shortest"):
+        Preprocess(resize="longest")
+    with pytest.raises(DataError, match="nearest.*bicubic"):
+        Preprocess(interpolation="nearest")
+    with pytest.raises(DataError, match="1 boxes for 2 frames"):
+        Preprocess().pixels(noise(2, 9, 9, 3), [None])
+
+
+def test_no_frames_and_read_only_and_strided_frames():
+    assert Preprocess(16).pixels(noise(0, 9, 9, 3)).shape == (0, 16, 16, 3)
+    frames = noise(4, 40, 60, 3)
+    frames.flags.writeable = False
+    assert np.array_equal(Preprocess(16).pixels(frames[::2, :, ::-1]), Preprocess(16).pixels(frames[::2, :, ::-1].copy()))
+
+
+def test_importing_pixels_imports_no_torch():
+    code = "import sys, xmic.pixels; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,97 @@
+"""Small videos whose frames carry their own number, so that a test can tell which frame it was given."""
+from fractions import Fraction
+from pathlib import Path
+from typing import Sequence
+
+import av
+import numpy as np
+
+BITS = 16
+
+
+def numbered_frame(number: int, size: tuple[int, int] = (160, 120)) -> np.ndarray:
+    "A uint8 (H, W, 3) frame: the number as 8 x 2 black and white blocks above, a moving pattern of colours below."
+    width, height = size
+    frame = np.empty((height, width, 3), np.uint8)
+    bits = (number >> np.arange(BITS)) & 1
+    rows, columns = np.arange(height // 2) * 4 // height, np.arange(width) * 8 // width
+    frame[:height // 2] = np.where(bits[rows[:, None] * 8 + columns], 220, 30)[..., None]
+    y, x = np.mgrid[height // 2:height, :width]
+    waves = [np.sin(x / 9 + number / 5), np.cos(y / 7 - number / 4), np.sin((x + y) / 11 + number / 3)]
+    frame[height // 2:] = np.stack([128 + 90 * wave for wave in waves], -1)
+    return frame
+
+
+def number_of(frame: np.ndarray) -> int:
+    "The number that a decoded frame carries."
+    top = frame[:frame.shape[0] // 2].astype(float).mean(-1)
+    blocks = [block for row in np.array_split(top, 2) for block in np.array_split(row, 8, axis=1)]
+    middles = [block[block.shape[0] // 4:-block.shape[0] // 4, block.shape[1] // 4:-block.shape[1] // 4] for block in blocks]
+    return sum(int(middle.mean() > 125) << i for i, middle in enumerate(middles))
+
+
+def numbers_of(frames: np.ndarray) -> list[int]:
+    "The numbers that decoded frames (T, H, W, 3) carry."
+    return [number_of(frame) for frame in frames]
+
+
+def write_video(
+    path: str | Path,  # the suffix chooses the container: .mp4, .mkv
+    frames: int = 60,
+    fps: float = 25,
+    size: tuple[int, int] = (160, 120),  # width, height
+    b_frames: int = 2,
+    gop: int = 12,  # frames from one keyframe to the next
+    variable: bool = False,  # irregular distances between the frames, 20 to 120 ms
+    codec: str = "libx264",
+    images: Sequence[np.ndarray] | None = None,  # instead of the numbered frames
+    faststart: bool = True,  # the index in front, so that a file that is cut short still opens
+    color: int | None = None,  # colour matrix written into the stream, 1 = BT.709
+) -> Path:
+    "Writes a video without sound and gives its path."
+    path = Path(path)
+    images = images if images is not None else (numbered_frame(i, size) for i in range(frames))
+    steps = np.random.default_rng(0).choice([20, 40, 120], frames) if variable else None
+    options = {"libx264": {"bf": str(b_frames), "preset": "veryfast", "crf": "20", "sc_threshold": "0"}}.get(codec, {})
+    movflags = {"movflags": "faststart"} if faststart and path.suffix == ".mp4" else {}
+    with av.open(str(path), "w", options=movflags) as container:
+        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options={**options, "g": str(gop)})
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.codec_context.gop_size = gop
+        stream.thread_count = 1
+        if color: stream.codec_context.colorspace = color
+        if variable: stream.codec_context.time_base = Fraction(1, 1000)
+        for i, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            if variable: frame.pts, frame.time_base = int(steps[:i].sum()), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def write_jpegs(folder: str | Path, frames: int = 20, size: tuple[int, int] = (160, 120)) -> Path:
+    "Writes a folder `frame_0000000001.jpg` ... of numbered frames: the first file carries 0."
+    from PIL import Image
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(frames):
+        Image.fromarray(numbered_frame(i, size)).save(folder / f"frame_{i + 1:010d}.jpg", quality=92)
+    return folder
+
+
+def cut_short(path: str | Path, share: float = 0.5) -> Path:
+    "Keeps the first `share` of the file's bytes."
+    path = Path(path)
+    content = path.read_bytes()
+    path.write_bytes(content[:int(len(content) * share)])
+    return path
+
+
+def overwrite(path: str | Path, start: float, stop: float, seed: int = 0) -> Path:
+    "Replaces the bytes between two shares of the file by noise."
+    path = Path(path)
+    content = bytearray(path.read_bytes())
+    a, b = int(len(content) * start), int(len(content) * stop)
+    content[a:b] = np.random.default_rng(seed).bytes(b - a)
+    path.write_bytes(content)
+    return path
