@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xmic.classes import ClassSet, clean_ego4d, clean_egtea, clean_epic, read_table
-from xmic.files import DataError
+from xmic.classes import ClassSet, clean_ego4d, clean_egtea, clean_epic
+from xmic.files import DataError, read_table
 
 
 @pytest.fixture(scope="module")

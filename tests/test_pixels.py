@@ -1,6 +1,7 @@
 """Preprocess: the same 8-bit image as CLIP's own transform, boxes, bad input, and no torch."""
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -99,4 +100,4 @@ def test_no_frames_and_read_only_and_strided_frames():
 
 def test_importing_pixels_imports_no_torch():
     code = "import sys, xmic.pixels; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[1]).returncode == 0

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from .files import DataError, read_json, whole_file
 from .pixels import CLIP_MEAN, CLIP_STD, Preprocess
 
-# %% ../nbs/07_encoders.ipynb #5e06d0cf
+# %% ../nbs/07_encoders.ipynb #071f1ae0
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -117,9 +117,10 @@ class Encoder(nn.Module):
         boxes: list | None = None,  # a crop box a frame, or None for the whole frame
     ) -> Tensor:
         "Image features (N, D) of whole frames or of crops, float32, not normalised."
-        parts = [self.encode_pixels(self.preprocess.pixels(frames[i:i + batch_size], boxes and boxes[i:i + batch_size]))
-                 for i in range(0, max(len(frames), 1), batch_size)]
-        return torch.cat(parts)
+        boxes = [None] * len(frames) if boxes is None else boxes
+        if len(boxes) != len(frames): raise DataError(f"{len(boxes)} boxes for {len(frames)} frames")
+        return torch.cat([self.encode_pixels(self.preprocess.pixels(frames[i:i + batch_size], boxes[i:i + batch_size]))
+                          for i in range(0, max(len(frames), 1), batch_size)])
 
     def encode_text(
         self,
@@ -233,7 +234,7 @@ def read_weights(
         raise DataError(f"{path}: holds no state dict (names and tensors)")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
-# %% ../nbs/07_encoders.ipynb #905d5571
+# %% ../nbs/07_encoders.ipynb #9dd8bdb8
 OPENAI_SCALARS = {"input_resolution", "context_length", "vocab_size"}  # beside the weights in OpenAI's archives
 
 
@@ -252,7 +253,7 @@ def load_weights(
         if state[name].numel() == 1: state[name] = state[name].reshape(expected[name].shape)
     faults = [f"missing: {name}" for name in expected if name not in state]
     faults += [f"unexpected: {name}" for name in state if name not in expected]
-    for name in expected.keys() & state.keys():
+    for name in (name for name in expected if name in state):
         if state[name].shape != expected[name].shape:
             faults.append(f"shape: {name} is {tuple(state[name].shape)}, the model's {tuple(expected[name].shape)}")
         elif not torch.isfinite(state[name]).all():
@@ -296,7 +297,7 @@ def fetch_weights(
         raise DataError(f"the weights of {name} ({tag}) are not on this machine and cannot be downloaded ({type(e).__name__}). "
                         f"Fetch them from {address} and pass the file: create_encoder({name!r}, weights='/path/to/file')") from None
 
-# %% ../nbs/07_encoders.ipynb #4f0c2c4f
+# %% ../nbs/07_encoders.ipynb #d7c24f49
 @contextmanager
 def _open_clip_silent() -> Iterator[None]:
     "open_clip speaks through the root logger, which sets it up as a side effect."
@@ -309,11 +310,7 @@ def build_model(
     name: str,  # an open_clip architecture
     seed: int = 0,
 ) -> nn.Module:
-    "The architecture with seeded random weights, on the CPU; leaves every random generator as it was."
-    if name not in open_clip.list_models():
-        near = difflib.get_close_matches(name, open_clip.list_models(), 5, 0.5)
-        raise DataError(f"open_clip knows no model {name!r}" + (f"; near: {', '.join(near)}" if near else
-                        "; open_clip.list_models() lists them"))
+    "The architecture with seeded random weights, on the CPU; leaves the global random generators as they were."
     with torch.random.fork_rng(devices=[]), _open_clip_silent():
         torch.default_generator.manual_seed(seed)
         try:
@@ -321,7 +318,7 @@ def build_model(
         except Exception as e:
             raise DataError(f"open_clip cannot build {name} here ({type(e).__name__}: {str(e)[:200]})") from None
 
-# %% ../nbs/07_encoders.ipynb #f598d51a
+# %% ../nbs/07_encoders.ipynb #e7e0eff8
 def create_encoder(
     name: str,  # an open_clip architecture, e.g. "ViT-B-16-quickgelu"
     weights: str | Path | None = None,  # a pretrained tag, a weight file, or "random"; None: "openai"
@@ -338,26 +335,31 @@ def create_encoder(
     if precision not in PRECISIONS:
         raise DataError(f"precision {precision!r} is not one of 'auto', {', '.join(map(repr, PRECISIONS))}")
     Preprocess(resize=resize)
-    model = build_model(name)
+    if name not in open_clip.list_models():
+        near = difflib.get_close_matches(name, open_clip.list_models(), 5, 0.5)
+        raise DataError(f"open_clip knows no model {name!r}; near: {', '.join(near) or 'none, see open_clip.list_models()'}")
 
     tags = open_clip.list_pretrained_tags_by_model(name)
     weights = "openai" if weights is None and "openai" in tags else weights
-    if weights == "random":
-        warnings.warn(f"{name} has RANDOM weights: its features mean nothing. Use this for tests and timing only", stacklevel=2)
-        settings = _settings_of(name, None)
-    elif isinstance(weights, str) and open_clip.is_pretrained_cfg(name, weights):
-        settings = open_clip.get_pretrained_cfg(name, weights)
-        if settings.get("quick_gelu"): check_activation(name, model, True, f"{name} ({weights})")
-        load_weights(model, read_weights(fetch_weights(name, weights)), f"{name} ({weights})")
-        if weights == "openai": _check_logit_scale(model, f"{name} ({weights})")
-    elif weights is not None and Path(weights).is_file():
-        settings = _settings_of(name, Path(weights))
-        _load_file(name, model, Path(weights), settings.get("quick_gelu"))
-        weights = Path(weights).name
-    else:
+    is_tag = isinstance(weights, str) and open_clip.is_pretrained_cfg(name, weights)
+    if weights is None or not (is_tag or weights == "random" or Path(weights).is_file()):
         raise DataError((f"{name} has no weights under the tag 'openai'" if weights is None else
                          f"weights {str(weights)!r}: neither a file nor a pretrained tag of {name}")
                         + f"; its tags: {', '.join(tags) or 'none'}. Or pass a weight file, or weights='random'")
+
+    model = build_model(name)
+    if weights == "random":
+        warnings.warn(f"{name} has RANDOM weights: its features mean nothing. Use this for tests and timing only", stacklevel=2)
+        settings = _settings_of(name, None)
+    elif is_tag:
+        settings = open_clip.get_pretrained_cfg(name, weights)
+        if settings.get("quick_gelu"): check_activation(name, model, True, f"{name} ({weights})")
+        load_weights(model, read_weights(fetch_weights(name, weights)), f"{name} ({weights})")
+        if weights.lower() == "openai": _check_logit_scale(model, f"{name} ({weights})")
+    else:
+        settings = _settings_of(name, Path(weights))
+        _load_file(name, model, Path(weights), settings.get("quick_gelu"))
+        weights = Path(weights).name
 
     size = model.visual.image_size
     if not isinstance(size, int):

@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'epic_frame_rate', 'read_epic', 'read_ego4d', 'central_window', 'read_egtea', 'read_csv', 'read_segments',
            'read_classes']
 
-# %% ../nbs/03_segments.ipynb #8d6bc239
+# %% ../nbs/03_segments.ipynb #68a15d31
 import hashlib
 import math
 import re
@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .classes import ClassSet, did_you_mean, read_table, read_text
-from .files import DataError, read_json
+from .classes import ClassSet
+from .files import DataError, did_you_mean, read_json, read_table, read_text
 
 # %% ../nbs/03_segments.ipynb #5936808c
 COLUMNS = ["segment_id", "video_id", "video_path", "start_sec", "stop_sec", "start_frame", "stop_frame",
@@ -241,7 +241,7 @@ def central_window(
         stop = np.where(half, np.minimum(n, n // 2 + half), n)
     return (start, stop) if n.ndim else (int(start), int(stop))
 
-# %% ../nbs/03_segments.ipynb #c5617814
+# %% ../nbs/03_segments.ipynb #0db8c434
 _EGTEA_FOLDERS = ["action_annotation", "annotations"]
 _EGTEA_SOURCE = "from action_annotation.zip on the EGTEA Gaze+ page of Georgia Tech"
 _EGTEA_CLIP = re.compile(r"([^-]+-[^-]+-[^-]+)-(\d+)-(\d+)-F(\d+)-F(\d+)")
@@ -274,6 +274,8 @@ def _egtea_rows(
     if wrong:
         raise DataError.rows(f"{path}: expected '<session>-<start ms>-<end ms>-F<first>-F<last> <action> <verb> <noun>' with "
                              f"verbs 1 to {sizes['verb']} and nouns 1 to {sizes['noun']}", wrong)
+    if not rows:
+        raise DataError(f"{path}: no segment in it")
     return pd.DataFrame(rows, columns=["clip", "verb", "noun", "split"])
 
 # %% ../nbs/03_segments.ipynb #dc066102
