@@ -7,7 +7,7 @@ __all__ = ['PRECISIONS', 'STORAGES', 'OPENAI_SCALARS', 'Encoder', 'activations',
            'read_weights', 'load_weights', 'check_activation', 'fetch_weights', 'build_model', 'create_encoder',
            'ClassEmbeddings', 'embed_classes']
 
-# %% ../nbs/07_encoders.ipynb #9dc53b48
+# %% ../nbs/07_encoders.ipynb #45a1e50a
 import difflib
 import hashlib
 import json
@@ -20,7 +20,8 @@ import zipfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from copy import copy
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Callable, Iterator
@@ -39,7 +40,7 @@ from torch import Tensor, nn
 from .files import DataError, read_json, whole_file
 from .pixels import CLIP_MEAN, CLIP_STD, Preprocess
 
-# %% ../nbs/07_encoders.ipynb #071f1ae0
+# %% ../nbs/07_encoders.ipynb #bd1ab2a0
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -66,11 +67,7 @@ class Encoder(nn.Module):
         self.logit_scale: float | None = None if scale is None else scale.exp().item()  # factor of the cosine, 100 for OpenAI's
         self.activation = activations(model)
         self.weights_sha256 = hash_weights(model)
-        settings = dict(config=config, weights=self.weights_sha256, preprocess=asdict(preprocess),
-                        activation=self.activation, precision=precision)
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
-        words = [name, "random"] if weights == "random" else [name]
-        self.fingerprint = re.sub(r"[^\w.-]+", "-", "-".join([*words, preprocess.resize, precision, digest]))
+        self.config = config
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(getattr(preprocess, key)).view(1, 3, 1, 1), persistent=False)
         self.to(device)
@@ -78,6 +75,24 @@ class Encoder(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.mean.device
+
+    @property
+    def fingerprint(self) -> str:
+        "A readable folder name that differs whenever features would."
+        settings = dict(config=self.config, weights=self.weights_sha256, preprocess=asdict(self.preprocess),
+                        activation=self.activation, precision=self.precision)
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+        words = [self.name, "random"] if self.weights == "random" else [self.name]
+        return re.sub(r"[^\w.-]+", "-", "-".join([*words, self.preprocess.resize, self.precision, digest]))
+
+    def with_resize(
+        self,
+        resize: str,  # "shortest" or "squash"
+    ) -> "Encoder":
+        "The same towers, shared, behind another policy for frames that are not square."
+        other = copy(self)
+        other.preprocess = replace(self.preprocess, resize=resize)
+        return other
 
     def train(self, mode: bool = True) -> "Encoder":
         "Stays in evaluation mode."

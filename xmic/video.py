@@ -6,7 +6,7 @@
 __all__ = ['frame_indices', 'VideoError', 'decoder_version', 'VideoInfo', 'probe', 'frame_times', 'read_frames', 'iter_frames',
            'Item', 'DecodePool']
 
-# %% ../nbs/04_video.ipynb #cc2ea30a
+# %% ../nbs/04_video.ipynb #bc2728b9
 import multiprocessing
 import os
 import pickle
@@ -30,6 +30,7 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from .files import DataError
@@ -116,14 +117,12 @@ def _stamps(path: str, size: int, changed: int) -> _Stamps:
         raise VideoError(path, f"not one frame could be found{broken}")
     return _Stamps(np.sort(np.array(shown)), np.sort(np.array(keys)), unit, broken)
 
-# %% ../nbs/04_video.ipynb #ad823047
+# %% ../nbs/04_video.ipynb #83d0ad9f
 class _PyAVReader:
     "One open video, read with PyAV."
 
-    read_ahead = 0
-
     def __init__(self, path: str):
-        self.path, self.decoding, self.at = path, None, -1
+        self.path, self.decoding, self.at, self.to_rgb = path, None, -1, VideoReformatter()
         file = os.stat(path)
         self.stamps = _stamps(path, file.st_size, file.st_mtime_ns)
         self.frames, self.end = len(self.stamps.shown), self.stamps.broken
@@ -182,10 +181,10 @@ class _PyAVReader:
             if self.patched:
                 self.decoding = None
                 raise VideoError(self.path, "the picture is damaged", [index])
-            return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+            return np.rot90(self.to_rgb.reformat(frame, format="rgb24").to_ndarray(), frame.rotation // 90)
         self.decoding = None
 
-# %% ../nbs/04_video.ipynb #cb936648
+# %% ../nbs/04_video.ipynb #75518563
 def _decord() -> ModuleType | None:
     "The module, or None on platforms that it has no wheel for."
     if find_spec("decord") is None:
@@ -199,7 +198,6 @@ def _decord() -> ModuleType | None:
 class _DecordReader:
     "One open video, read with decord."
 
-    read_ahead = 128 << 20
     end = ""
 
     def __init__(self, path: str):
@@ -264,11 +262,10 @@ def _first_line(error: Exception) -> str:
     "What decord says, without the places in its source and the stack."
     return re.sub(r"\[\d\d:\d\d:\d\d\] \S+: ", "", str(error)).strip().split("\n")[0][:200]
 
-# %% ../nbs/04_video.ipynb #17d38cb4
+# %% ../nbs/04_video.ipynb #021d0e45
 class _FolderReader:
     "A folder of extracted frames."
 
-    read_ahead = 0
     end = ""
 
     def __init__(self, path: str, fps: float):
@@ -300,13 +297,32 @@ def _last_number(path: str, changed: int) -> int:
         raise VideoError(path, "the folder holds no frame_0000000001.jpg and so on")
     return max(numbers)
 
-# %% ../nbs/04_video.ipynb #b8258efc
-def decoder_version(
-    backend: str = "decord",
-) -> str:
-    "The reader that `backend` stands for on this machine, and its version."
-    name = _backend(backend)
-    return f"{name} {version('av' if name == 'pyav' else name)}"
+# %% ../nbs/04_video.ipynb #5ed9916c
+_idle: dict[tuple, Any] = {}  # the reader used last, by process, backend and file
+
+
+@contextmanager
+def _reader(path: str | Path, backend: str, indices: Sequence[int] = (), fps: float = 60.0) -> Iterator[Any]:
+    "An open video. Raises `VideoError` if it cannot be opened, or does not have these frames."
+    path, backend = str(path), _backend(backend)
+    if not os.path.exists(path):
+        raise VideoError(path, "no such file", indices)
+    folder, file = os.path.isdir(path), os.stat(path)
+    if not folder and file.st_size == 0:
+        raise VideoError(path, "the file is empty", indices)
+    key = os.getpid(), backend, path, file.st_size, file.st_mtime_ns, fps
+    video = _idle.pop(key, None)
+    if video is None:
+        video = _FolderReader(path, fps) if folder else {"decord": _DecordReader, "pyav": _PyAVReader}[backend](path)
+    try:
+        if outside := [i for i in indices if not 0 <= i < video.frames]:
+            raise VideoError(path, f"it has frames 0 to {video.frames - 1}{video.end}", outside)
+        yield video
+    except BaseException:
+        video.close()
+        raise
+    while _idle: _idle.popitem()[1].close()
+    _idle[key] = video
 
 
 def _backend(name: str) -> str:
@@ -315,21 +331,12 @@ def _backend(name: str) -> str:
     return "pyav" if find_spec("decord") is None else name
 
 
-@contextmanager
-def _reader(path: str | Path, backend: str, indices: Sequence[int] = (), fps: float = 60.0) -> Iterator[Any]:
-    "Opens a video, or refuses it, or frames that it does not have."
-    path, kind = str(path), {"decord": _DecordReader, "pyav": _PyAVReader}[_backend(backend)]
-    if not os.path.exists(path):
-        raise VideoError(path, "no such file", indices)
-    if not os.path.isdir(path) and os.path.getsize(path) == 0:
-        raise VideoError(path, "the file is empty", indices)
-    video = _FolderReader(path, fps) if os.path.isdir(path) else kind(path)
-    try:
-        if outside := [i for i in indices if not 0 <= i < video.frames]:
-            raise VideoError(path, f"it has frames 0 to {video.frames - 1}{video.end}", outside)
-        yield video
-    finally:
-        video.close()
+def decoder_version(
+    backend: str = "decord",
+) -> str:
+    "What reads the frames on this machine, with versions."
+    pyav = f"PyAV {version('av')}"
+    return pyav if _backend(backend) == "pyav" else f"decord {version('decord')}, long runs by {pyav}"
 
 # %% ../nbs/04_video.ipynb #05aacfe2
 @dataclass(frozen=True)
@@ -399,25 +406,20 @@ def read_frames(
     with _reader(path, backend, frames) as video:
         return video.read(frames.tolist())[places]
 
-# %% ../nbs/04_video.ipynb #58b729a3
+# %% ../nbs/04_video.ipynb #ccd834be
 def iter_frames(
     path: str | Path,
     indices: Sequence[int] | np.ndarray,  # (N,) counted from 0, increasing
     chunk: int = 64,  # frames in each array
-    backend: str = "decord",
+    backend: str = "decord",  # for what fits into one chunk
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # (n,) indices and (n, H, W, 3) uint8 frames
-    "Many frames of one video in bounded memory: a chunk, or 128 MB if that is more."
+    "Many frames of one video, in the memory of one chunk."
     wanted = _wanted(indices)
     if (np.diff(wanted) <= 0).any():
         raise DataError("iter_frames reads forward: the indices must increase")
-    with _reader(path, backend, wanted) as video:
-        start, step = 0, chunk
-        while start < len(wanted):
-            frames = video.read(wanted[start:start + step].tolist())
-            for i in range(0, len(frames), chunk):
-                yield wanted[start + i:start + i + chunk], frames[i:i + chunk]
-            start += len(frames)
-            step = chunk * max(1, video.read_ahead // (chunk * frames[0].nbytes))
+    with _reader(path, backend if len(wanted) <= chunk else "pyav", wanted) as video:
+        for i in range(0, len(wanted), chunk):
+            yield wanted[i:i + chunk], video.read(wanted[i:i + chunk].tolist())
 
 # %% ../nbs/04_video.ipynb #6f93fbe9
 class Item(NamedTuple):
