@@ -53,7 +53,7 @@ def frame_indices(
     rng = np.random.default_rng() if rng is None else rng
     return start + k * length // n + rng.integers(0, max(length // n, 1), n)
 
-# %% ../nbs/04_video.ipynb #7287e134
+# %% ../nbs/04_video.ipynb #b84de00c
 class VideoError(DataError):
     "A video, or some frames of it, could not be read."
 
@@ -67,7 +67,8 @@ class VideoError(DataError):
 
     def __str__(self) -> str:
         shown = ", ".join(map(str, self.frames[:5])) + (f" and {len(self.frames) - 5:,} more" if len(self.frames) > 5 else "")
-        return f"{self.path}{f', frame{chr(115) * (len(self.frames) > 1)} {shown}' if shown else ''}: {self.cause}"
+        place = f", {'frame' if len(self.frames) == 1 else 'frames'} {shown}" if shown else ""
+        return f"{self.path}{place}: {self.cause}"
 
 # %% ../nbs/04_video.ipynb #f293cb26
 _DECODER_ERRORS = (av.error.FFmpegError, OSError, RuntimeError, IndexError)
@@ -117,7 +118,7 @@ def _stamps(path: str, size: int, changed: int) -> _Stamps:
         raise VideoError(path, f"not one frame could be found{broken}")
     return _Stamps(np.sort(np.array(shown)), np.sort(np.array(keys)), unit, broken)
 
-# %% ../nbs/04_video.ipynb #83d0ad9f
+# %% ../nbs/04_video.ipynb #42145c85
 class _PyAVReader:
     "One open video, read with PyAV."
 
@@ -151,8 +152,8 @@ class _PyAVReader:
     def _image(self, index: int) -> np.ndarray:
         "Decodes on from where it stands, from the keyframe before, or, where a container cannot seek to it, from the start."
         key = self.stamps.keys[max(np.searchsorted(self.stamps.keys, self.stamps.shown[index], "right") - 1, 0)]
-        jumps = not self.at < index <= self.at + 32 and not (self.decoding and self.at < index and key <= self.stamps.shown[self.at])
-        for start in [key, None] if jumps or not self.decoding else ["here", key, None]:
+        onward = self.decoding and self.at < index and (index <= self.at + 32 or key <= self.stamps.shown[self.at])
+        for start in ["here", key, None] if onward else [key, None]:
             try:
                 image = self._decode(index, start)
             except _DECODER_ERRORS as e:
@@ -297,7 +298,7 @@ def _last_number(path: str, changed: int) -> int:
         raise VideoError(path, "the folder holds no frame_0000000001.jpg and so on")
     return max(numbers)
 
-# %% ../nbs/04_video.ipynb #5ed9916c
+# %% ../nbs/04_video.ipynb #d09b4391
 _idle: dict[tuple, Any] = {}  # the reader used last, by process, backend and file
 
 
@@ -321,7 +322,8 @@ def _reader(path: str | Path, backend: str, indices: Sequence[int] = (), fps: fl
     except BaseException:
         video.close()
         raise
-    while _idle: _idle.popitem()[1].close()
+    for other in [k for k in list(_idle) if k[0] == os.getpid()]:
+        if (before := _idle.pop(other, None)) is not None: before.close()
     _idle[key] = video
 
 

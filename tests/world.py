@@ -1,0 +1,54 @@
+"""A small dataset of made videos in the layout of people's own videos, and a tiny CLIP to encode it."""
+import csv
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import open_clip
+
+sys.path.insert(0, str(Path(__file__).parent))
+from videos import write_video  # noqa: E402
+
+TINY = "xmicworld-quickgelu"
+CONFIG = {"embed_dim": 32, "quick_gelu": True,
+          "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
+          "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}}
+NOUNS, VERBS = ("pan", "knife", "tap"), ("take", "put")
+
+
+def register_tiny() -> str:
+    "Makes the tiny CLIP known to open_clip; gives its name."
+    if TINY not in open_clip.list_models():
+        folder = Path(tempfile.mkdtemp())
+        (folder / f"{TINY}.json").write_text(json.dumps(CONFIG))
+        open_clip.add_model_config(folder)
+    return TINY
+
+
+def write_world(
+    root: Path,
+    videos: int = 8,
+    frames: int = 60,  # of each video, at 25 a second
+) -> Path:
+    "segments.csv, hand_boxes.csv and videos/; two overlapping segments a video, whose noun shows in the colour."
+    (root / "videos").mkdir(parents=True, exist_ok=True)
+    rng, segments, boxes = np.random.default_rng(0), [], []
+    for v in range(videos):
+        noun, verb = v % len(NOUNS), v // 2 % len(VERBS)
+        image = np.full((96, 128, 3), 60, np.uint8)
+        image[20:80, 30:100] = np.eye(3, dtype=np.uint8)[noun] * 200
+        images = [np.roll(image, (3 if verb else -3) * i, axis=1) for i in range(frames)]
+        images = [np.clip(i + rng.integers(-15, 15, i.shape), 0, 255).astype(np.uint8) for i in images]
+        write_video(root / "videos" / f"v{v}.mp4", frames, size=(128, 96), images=images)
+        for s, (start, stop) in enumerate(((0.2, 1.4), (1.0, 2.2))):
+            segments.append(dict(segment_id=f"v{v}_{s}", video_id=f"v{v}", start_sec=start, stop_sec=stop,
+                                 verb=VERBS[verb], noun=NOUNS[noun], narration="", split="test" if v >= videos - 3 else "train"))
+            boxes += [dict(segment_id=f"v{v}_{s}", frame=f, left=30, top=20, right=100, bottom=80) for f in range(5, 40)]
+    for name, rows in (("segments.csv", segments), ("hand_boxes.csv", boxes)):
+        with open(root / name, "w", newline="") as f:
+            writer = csv.DictWriter(f, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    return root
