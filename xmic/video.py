@@ -35,23 +35,23 @@ from PIL import Image
 
 from .files import DataError
 
-# %% ../nbs/04_video.ipynb #4973bd8b
+# %% ../nbs/04_video.ipynb #8fe70920
 def frame_indices(
-    start: int,  # first frame of the segment
-    stop: int,  # first frame behind it
+    start: int | np.ndarray,  # first frame of the segment, or (S,) those of many
+    stop: int | np.ndarray,  # first frame behind it
     n: int = 16,  # frames wanted
     train: bool = False,  # jittered within each bin, instead of its centre
     rng: np.random.Generator | None = None,  # draws the jitter; default: a new one without a seed
-) -> np.ndarray:  # (n,) int64, never decreasing, within [start, stop)
+) -> np.ndarray:  # (n,) or (S, n) int64, never decreasing, within [start, stop)
     "One frame from each of `n` bins of a segment, the stratified sampling of the X-MIC release."
-    length = stop - start
-    if length <= 0 or n < 1:
-        raise DataError(f"cannot take {n} frames from [{start}, {stop}): stop must be after start, and n positive")
+    start, length = np.asarray(start)[..., None], np.asarray(stop)[..., None] - np.asarray(start)[..., None]
+    if (length <= 0).any() or n < 1:
+        raise DataError(f"cannot take {n} frames from [{start.min()}, {np.min(stop)}): stop must be after start, and n positive")
     k = np.arange(n)
     if not train:
         return start + (2 * k + 1) * length // (2 * n)
     rng = np.random.default_rng() if rng is None else rng
-    return start + k * length // n + rng.integers(0, max(length // n, 1), n)
+    return start + k * length // n + rng.integers(0, np.maximum(length // n, 1), start.shape[:-1] + (n,))
 
 # %% ../nbs/04_video.ipynb #b84de00c
 class VideoError(DataError):
