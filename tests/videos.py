@@ -1,4 +1,9 @@
 """Small videos whose frames carry their own number, so that a test can tell which frame it was given."""
+import os
+import signal
+import struct
+import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Sequence
@@ -95,3 +100,68 @@ def overwrite(path: str | Path, start: float, stop: float, seed: int = 0) -> Pat
     content[a:b] = np.random.default_rng(seed).bytes(b - a)
     path.write_bytes(content)
     return path
+
+
+def remux(source: str | Path, path: str | Path, drop: int = 0, hide: float = 0.0) -> Path:
+    "Copies the packets without the first `drop`; the first `hide` seconds are hidden by an edit list, as in a cut without re-encoding."
+    with av.open(str(source)) as old, av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as new:
+        stream = old.streams.video[0]
+        copy = new.add_stream_from_template(stream)
+        shift = round(hide / stream.time_base)
+        for number, packet in enumerate(p for p in old.demux(stream) if p.dts is not None):
+            if number >= drop:
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
+                new.mux(packet)
+    return Path(path)
+
+
+def trim_end(path: str | Path, seconds: float) -> Path:
+    "Makes the edit list of an MP4 end after `seconds`, as telephones do when they trim; all packets stay."
+    content = bytearray(Path(path).read_bytes())
+    at = content.index(b"elst") + 12
+    content[at:at + 4] = struct.pack(">I", round(seconds * 1000))
+    Path(path).write_bytes(content)
+    return Path(path)
+
+
+def turn(path: str | Path) -> Path:
+    "Writes a quarter turn into the header of an MP4, as telephones held upright do."
+    one = 1 << 16
+    plain, quarter = (struct.pack(">9i", *m, 1 << 30) for m in ((one, 0, 0, 0, one, 0, 0, 0), (0, one, 0, -one, 0, 0, 0, 0)))
+    content = Path(path).read_bytes()
+    at = content.index(plain, content.index(b"tkhd"))
+    Path(path).write_bytes(content[:at] + quarter + content[at + 36:])
+    return Path(path)
+
+
+def count(task: int):
+    "A task: as many numbers."
+    yield from range(task)
+
+
+def count_slowly(task: int):
+    for number in range(task):
+        time.sleep(0.05)
+        yield number
+
+
+def large(task: int):
+    "A task that writes down what it has made: (file, number of chunks of 1 MB)."
+    path, chunks = task
+    for number in range(chunks):
+        Path(path).write_text(str(number + 1))
+        yield np.full(1 << 20, number, np.uint8)
+
+
+def misbehave(task: str):
+    "A task that yields its process id, and then does what it is told."
+    yield os.getpid()
+    if task == "hang":
+        time.sleep(1000)
+    if task == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if task == "bug":
+        raise KeyError("a bug")
+    if task == "torch":
+        yield "torch" in sys.modules
+    yield task
