@@ -76,7 +76,7 @@ MADE = {
     "plain.mp4": {}, "plain.mkv": {}, "plain.mov": {}, "b0.mp4": dict(b_frames=0), "b5.mp4": dict(b_frames=5, gop=50),
     "variable.mp4": dict(variable=True), "variable.mkv": dict(variable=True), "ntsc.mp4": dict(fps=30000 / 1001),
     "tall.mp4": dict(size=(90, 160)), "hd.mp4": dict(color=1, size=(322, 178)), "index_last.mp4": dict(faststart=False),
-    "long_gop.mp4": dict(gop=250), "hevc.mp4": dict(codec="libx265"), "vp9.webm": dict(codec="libvpx-vp9"),
+    "long_gop.mp4": dict(gop=250), "hevc.mp4": dict(codec="libx265", b_frames=0), "vp9.webm": dict(codec="libvpx-vp9"),
 }
 
 
@@ -320,6 +320,18 @@ def test_hidden_end(tmp_path, backend, shown):
     else:
         assert numbers_of(read_frames(path, [0, shown // 2, shown - 1], backend)) == [0, shown // 2, shown - 1]
         with pytest.raises(VideoError): read_frames(path, [shown], backend)
+
+
+@both
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_open_groups_of_pictures(tmp_path, backend, codec):
+    "Where pictures refer to the keyframe behind them."
+    path = write_video(tmp_path / "a.mp4", frames=100, codec=codec, b_frames=3, open_gop=True)
+    for indices in ([0], [48, 60, 99], range(0, 100, 7), range(100)):
+        try:
+            assert numbers_of(read_frames(path, indices, backend)) == list(indices)
+        except VideoError as e:
+            assert backend == "decord" and "pyav" in str(e)
 
 
 @both

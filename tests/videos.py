@@ -51,13 +51,16 @@ def write_video(
     codec: str = "libx264",
     images: Sequence[np.ndarray] | None = None,  # instead of the numbered frames
     faststart: bool = True,  # the index in front, so that a file that is cut short still opens
+    open_gop: bool = False,  # pictures may refer to the keyframe behind them
     color: int | None = None,  # colour matrix written into the stream, 1 = BT.709
 ) -> Path:
     "Writes a video without sound and gives its path."
     path = Path(path)
     images = images if images is not None else (numbered_frame(i, size) for i in range(frames))
     steps = np.random.default_rng(0).choice([20, 40, 120], frames) if variable else None
-    options = {"libx264": {"bf": str(b_frames), "preset": "veryfast", "crf": "20", "sc_threshold": "0"}}.get(codec, {})
+    x26 = f"open-gop={int(open_gop)}:keyint={gop}:bframes={b_frames}:scenecut=0"
+    options = {"libx264": {"preset": "veryfast", "crf": "20", "x264-params": x26},
+               "libx265": {"preset": "veryfast", "x265-params": f"{x26}:log-level=error"}}.get(codec, {})
     movflags = {"movflags": "faststart"} if faststart and path.suffix == ".mp4" else {}
     with av.open(str(path), "w", options=movflags) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options={**options, "g": str(gop)})
