@@ -59,7 +59,7 @@ def write_video(
     images = images if images is not None else (numbered_frame(i, size) for i in range(frames))
     steps = np.random.default_rng(0).choice([20, 40, 120], frames) if variable else None
     x26 = f"open-gop={int(open_gop)}:keyint={gop}:bframes={b_frames}:scenecut=0"
-    options = {"libx264": {"preset": "veryfast", "crf": "20", "x264-params": x26},
+    options = {"libx264": {"preset": "veryfast", "crf": "20", "x264-params": f"{x26}:threads=1:sync-lookahead=0"},
                "libx265": {"preset": "veryfast", "x265-params": f"{x26}:log-level=error"}}.get(codec, {})
     movflags = {"movflags": "faststart"} if faststart and path.suffix == ".mp4" else {}
     with av.open(str(path), "w", options=movflags) as container:

@@ -83,7 +83,7 @@ class Failed:
     segment_id: str
     cause: str
 
-# %% ../nbs/08_clips.ipynb #7fbd3dff
+# %% ../nbs/08_clips.ipynb #94526f1e
 def clip_pixels(
     task: ClipTask,
 ) -> Iterator[Pixels | Clip | Failed]:
@@ -107,14 +107,14 @@ def clip_pixels(
         for group in overlapping(wanted):
             try:
                 yield from _read_group(task, path, info, group, sent)
-            except VideoError as e:
+            except DataError as e:
                 if len(group) == 1:
                     yield Failed(group[0][0].segment_id, str(e))
                     continue
                 for one in group:
                     try:
                         yield from _read_group(task, path, info, [one], sent)
-                    except VideoError as e:
+                    except DataError as e:
                         yield Failed(one[0].segment_id, str(e))
 
 

@@ -102,7 +102,7 @@ def unpickle(
     except Exception as e:
         raise DataError(f"{path}: not readable as a pickle of plain data ({type(e).__name__}: {str(e)[:200]})") from None
 
-# %% ../nbs/05_hands.ipynb #e622efaa
+# %% ../nbs/05_hands.ipynb #6c414865
 def _detections_class() -> type:
     "The message class of EPIC's detections, built from its description."
     file = descriptor_pb2.FileDescriptorProto(name="xmic_detections.proto", package="xmic", syntax="proto3")
@@ -146,8 +146,11 @@ class EpicHands(Sequence):
         except DecodeError as e:
             raise DataError(f"{self.path}: the detections of frame {i + 1} are damaged ({e})") from None
         box = lambda b: (b.left, b.top, b.right, b.bottom)
-        return ([Hand(box(h.bbox), h.score, h.state, h.side, (h.object_offset.x, h.object_offset.y)) for h in found.hands],
-                [Object(box(o.bbox), o.score) for o in found.objects])
+        hands = [Hand(box(h.bbox), h.score, h.state, h.side, (h.object_offset.x, h.object_offset.y)) for h in found.hands]
+        objects = [Object(box(o.bbox), o.score) for o in found.objects]
+        if not all(map(math.isfinite, [v for h in hands for v in (*h.box, h.score, *h.offset)] + [v for o in objects for v in (*o.box, o.score)])):
+            raise DataError(f"{self.path}: the detections of frame {i + 1} are damaged (not all of their numbers are finite)")
+        return hands, objects
 
 
 def read_epic_hands(
@@ -159,7 +162,7 @@ def read_epic_hands(
         raise DataError(f"{path}: expected a list of byte strings, one for each frame, as EPIC-KITCHENS-100 publishes its detections")
     return EpicHands(path, messages)
 
-# %% ../nbs/05_hands.ipynb #90f9ce36
+# %% ../nbs/05_hands.ipynb #5652f74c
 def read_100doh(
     path: str | Path,  # a pickle {frame: {"hand_dets": (n, 10) array or None, "obj_dets": (m, 10) array or None}}
     offset_scale: float = 10_000.0,  # pixels for an offset of length 1
@@ -173,7 +176,7 @@ def read_100doh(
         if number == "info":
             continue
         try:
-            rows = [np.zeros((0, 10)) if found.get(k) is None else np.asarray(found[k], float).reshape(-1, 10) for k in ("hand_dets", "obj_dets")]
+            rows = [_rows(found.get(k)) for k in ("hand_dets", "obj_dets")]
             frames[int(number)] = (
                 [Hand(tuple(r[:4]), r[4], int(r[5]), int(r[9]), (offset_scale * r[6] * r[7], offset_scale * r[6] * r[8])) for r in rows[0]],
                 [Object(tuple(r[:4]), r[4]) for r in rows[1]])
@@ -182,6 +185,13 @@ def read_100doh(
     if wrong:
         raise DataError.rows(f"{path}: expected hand_dets and obj_dets with 10 columns for each frame", wrong)
     return frames
+
+
+def _rows(found: Any) -> np.ndarray:  # (n, 10)
+    rows = np.zeros((0, 10)) if found is None or len(found) == 0 else np.asarray(found, float)
+    if rows.ndim != 2 or rows.shape[1] != 10 or not np.isfinite(rows).all():
+        raise ValueError(f"numbers of shape {rows.shape}" if np.isfinite(rows).all() else "not all numbers are finite")
+    return rows
 
 # %% ../nbs/05_hands.ipynb #a673ee58
 def read_boxes(
@@ -211,7 +221,7 @@ def read_boxes(
         raise DataError.rows(f"{path}: expected a frame number and left <= right, top <= bottom", wrong)
     return boxes
 
-# %% ../nbs/05_hands.ipynb #89103b47
+# %% ../nbs/05_hands.ipynb #a6f7441d
 @dataclass(frozen=True)
 class HandBoxes:
     "Boxes around the hands and what they touch, for the frames of any segment."
@@ -226,6 +236,9 @@ class HandBoxes:
     size: tuple[int, int] | None = None  # width and height that pixel boxes refer to; None: those of the decoded frame
     relative: bool = False  # the smallest number belongs to the segment's first frame, as in the release's boxes for Ego4D
 
+    def __post_init__(self):
+        for cache in (_ready, _detections, _detected): cache.cache_clear()  # the files may have been replaced
+
     @classmethod
     def from_epic(cls, folder: str | Path, hand_threshold: float = 0.8, object_threshold: float = 0.01, max_gap: int = 0) -> "HandBoxes":
         "Official detections: `<folder>/P01/P01_01.pkl`, `<folder>/P01/hand-objects/P01_01.pkl` or `<folder>/P01_01.pkl`."
@@ -239,15 +252,18 @@ class HandBoxes:
     @classmethod
     def from_boxes(cls, path: str | Path, max_gap: int = 0, **numbering: Any) -> "HandBoxes":
         "Ready boxes, see `read_boxes`; `numbering` sets first_frame, official_rate, size and relative where the file is not numbered like the video."
+        boxes = cls("boxes", str(path), max_gap=max_gap, **numbering)
         _ready(str(path))
-        return cls("boxes", str(path), max_gap=max_gap, **numbering)
+        return boxes
 
     @property
     def fingerprint(self) -> str:
-        "Differs whenever boxes would: the settings, and names and sizes of all files."
+        "Differs where boxes would: the settings, and the content of a file of boxes, or names and sizes of all files of a folder."
         place = Path(self.place)
-        files = [place] if place.is_file() else sorted(place.rglob("*.pkl"))
-        listed = [(str(f.relative_to(place.parent)), f.stat().st_size) for f in files]
+        if place.is_file():
+            listed = hashlib.sha256(place.read_bytes()).hexdigest()
+        else:
+            listed = [(str(f.relative_to(place)), f.stat().st_size) for f in sorted(place.rglob("*.pkl"))]
         settings = (self.source, self.hand_threshold, self.object_threshold, self.max_gap, self.first_frame, self.official_rate, self.size, self.relative)
         return f"{self.source}-{hashlib.sha256(repr((settings, listed)).encode()).hexdigest()[:12]}"
 

@@ -6,7 +6,7 @@
 __all__ = ['frame_indices', 'VideoError', 'decoder_version', 'VideoInfo', 'probe', 'frame_times', 'read_frames', 'iter_frames',
            'Item', 'DecodePool']
 
-# %% ../nbs/04_video.ipynb #bc2728b9
+# %% ../nbs/04_video.ipynb #64fbbcb6
 import multiprocessing
 import os
 import pickle
@@ -30,6 +30,7 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import av
 import numpy as np
+from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
@@ -128,7 +129,7 @@ def _stamps(path: str, size: int, changed: int) -> _Stamps:
         raise VideoError(path, f"not one frame could be found{broken}")
     return _Stamps(np.sort(np.array(shown)), np.sort(np.array(keys)), unit, kind, broken)
 
-# %% ../nbs/04_video.ipynb #492f35bf
+# %% ../nbs/04_video.ipynb #1b0c49fc
 class _PyAVReader:
     "One open video, read with PyAV."
 
@@ -178,22 +179,36 @@ class _PyAVReader:
         elif start != "here":
             self.container.seek(int(start), stream=self.stream)
         if start != "here":
-            self.decoding, self.patched = self.container.decode(self.stream), False
+            self.decoding = _with_state(self.container.decode(self.stream))
         wanted = self.stamps.shown[index]
-        for frame in self.decoding:
-            self.patched = frame.is_corrupt or self.patched and not frame.key_frame
+        for frame, patched in self.decoding:
             if frame.pts is None or frame.pts < wanted:
                 continue
             self.at = int(np.searchsorted(self.stamps.shown, frame.pts))
             if frame.pts > wanted:
                 return None
-            if self.patched:
+            if patched:
                 self.decoding = None
                 raise VideoError(self.path, "the picture is damaged", [index])
             return np.rot90(self.to_rgb.reformat(frame, format="rgb24").to_ndarray(), frame.rotation // 90)
         self.decoding = None
 
-# %% ../nbs/04_video.ipynb #106fdc41
+# %% ../nbs/04_video.ipynb #0da77a59
+def _with_state(frames: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+    "Frames in the order of display, and whether each is patched up or builds on one that is."
+    patched, held = False, []
+    for frame in frames:
+        held.append(frame)
+        if frame.pict_type == PictureType.B and len(held) < 32:
+            continue
+        unsound = patched or any(f.is_corrupt for f in held)
+        yield from ((f, unsound) for f in held[:-1])
+        patched = frame.is_corrupt or patched and not frame.key_frame
+        yield frame, patched
+        held = []
+    yield from ((f, patched or any(f.is_corrupt for f in held)) for f in held)
+
+# %% ../nbs/04_video.ipynb #f5519c82
 def _decord() -> ModuleType | None:
     "The module, or None on platforms that it has no wheel for."
     if find_spec("decord") is None:
@@ -215,13 +230,14 @@ class _DecordReader:
         self.reader = self._open()
         self.frames, self.times, self.end = len(self.reader), stamps.times, ""
         keys = np.searchsorted(stamps.shown, stamps.keys)
-        if not (re.search("mp4|matroska", stamps.kind) and self.frames == len(stamps.shown)
+        if not (re.search("mp4|matroska", stamps.kind) and self.frames == len(stamps.shown) and keys[0] == 0
                 and np.array_equal(self.reader.get_key_indices(), keys)
                 and np.allclose(self.reader.get_frame_timestamp(range(self.frames))[:, 0], self.times, atol=2e-3)):
             raise VideoError(path, f"decord would misplace frames of this file ({stamps.kind}); use backend=\"pyav\"")
 
     def _open(self) -> Any:
         decord = _decord()
+        decord.logging.set_level(decord.logging.QUIET)
         try:
             return decord.VideoReader(self.path, ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
         except Exception as e:
@@ -233,7 +249,7 @@ class _DecordReader:
     def read(self, indices: list[int]) -> np.ndarray:
         self.reader = self.reader or self._open()
         try:
-            with _standard_error() as said:
+            with _messages() as said:
                 frames = self.reader.get_batch(indices).asnumpy()
             self.reader.seek(0)
         except Exception as e:
@@ -249,19 +265,21 @@ _listening = threading.Lock()
 
 
 @contextmanager
-def _standard_error() -> Iterator[list[str]]:
-    "Catches what native code writes to the standard error stream; the list is filled at the end."
-    said: list[str] = []
+def _messages() -> Iterator[list[str]]:
+    "Catches what decord's FFmpeg writes to the standard error stream; the list is filled at the end."
+    said, log = [], _decord().logging
     with _listening, tempfile.TemporaryFile() as caught:
-        before = os.dup(2)
+        stream = os.dup(2)
         os.dup2(caught.fileno(), 2)
+        log.set_level(log.INFO)
         try:
             yield said
         finally:
-            os.dup2(before, 2)
-            os.close(before)
+            log.set_level(log.QUIET)
+            os.dup2(stream, 2)
+            os.close(stream)
             caught.seek(0)
-            said.extend(caught.read().decode(errors="replace").splitlines())
+            said.extend(line for line in caught.read().decode(errors="replace").splitlines() if "deprecated pixel format" not in line)
 
 
 def _first_line(error: Exception) -> str:

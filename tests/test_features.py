@@ -1,0 +1,229 @@
+"""The feature store and extraction: shards whole, resumable to the byte, faults written down, settings never mixed."""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from videos import write_video
+from world import register_tiny, write_world
+from xmic.encoders import create_encoder
+from xmic.features import (ExtractConfig, FeatureStore, StoredView, dataset_store, extract, extract_dataset, hand_boxes, read_shard,
+                           shard_name, write_shard)
+from xmic.files import DataError, write_json
+from xmic.segments import read_csv
+from xmic.video import read_frames
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    register_tiny()
+    return write_world(tmp_path_factory.mktemp("world"), videos=4, frames=60)
+
+
+def config(world: Path, features: Path, **changes) -> ExtractConfig:
+    return ExtractConfig(**dict(dataset="csv", data_root=str(world), encoder=register_tiny(), weights="random", features_root=str(features),
+                                device="cpu", workers=0, progress=False) | changes)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file() and not p.name.startswith(".")}
+
+
+def test_both_views_hold_what_the_encoder_gives(world, tmp_path):
+    store, report = extract_dataset(config(world, tmp_path))
+    segments = read_csv(world)
+    assert (report.extracted, report.present, len(report.failed)) == (8, 0, 0)
+    assert store.verify() == [] and store.missing(segments).empty and store.views == ["full", "hand"]
+    encoder = create_encoder(register_tiny(), "random", "cpu")
+    boxes = hand_boxes(config(world, tmp_path))
+    for row in segments.itertuples():
+        frames = store.frames(row.segment_id, "full").numpy()
+        assert frames.tolist() == list(range(round(row.start_sec * 25), round(row.stop_sec * 25)))
+        images = read_frames(row.video_path, frames)
+        torch.testing.assert_close(store.segment(row.segment_id, "full").float(), encoder.encode_frames(images), rtol=2e-3, atol=2e-3)
+        own = boxes.for_segment(row)
+        crops = [own.get(int(f)) for f in frames]
+        assert 0 < sum(c is None for c in crops) < len(crops) or all(crops)
+        torch.testing.assert_close(store.segment(row.segment_id, "hand").float(), encoder.encode_frames(images, boxes=crops), rtol=2e-3, atol=2e-3)
+
+
+def test_workers_and_one_process_write_the_same_bytes(world, tmp_path):
+    extract_dataset(config(world, tmp_path / "a"))
+    extract_dataset(config(world, tmp_path / "b", workers=2))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_second_call_does_nothing(world, tmp_path):
+    extract_dataset(config(world, tmp_path))
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    _, report = extract_dataset(config(world, tmp_path))
+    assert (report.extracted, report.present, report.frames) == (0, 8, 0)
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_segments_that_come_later_join_the_same_shard(world, tmp_path):
+    segments, encoder = read_csv(world), create_encoder(register_tiny(), "random", "cpu")
+    store = FeatureStore(tmp_path)
+    extract(segments[::2], encoder, store, workers=0, progress=False)
+    first = store.segment("v0_0", "full").clone()
+    report = extract(segments, encoder, store, workers=0, progress=False)
+    assert (report.extracted, report.present) == (4, 4)
+    assert store.missing(segments).empty and torch.equal(store.segment("v0_0", "full"), first) and store.verify() == []
+
+
+def test_a_lower_rate_keeps_a_grid(world, tmp_path):
+    store, report = extract_dataset(config(world, tmp_path, feature_fps=5.0))
+    assert store.frames("v0_0", "full").tolist() == [5, 10, 15, 20, 25, 30]
+    assert report.frames < 8 * 2 * 8
+
+
+def test_one_decode_feeds_several_encoders(world, tmp_path):
+    segments = read_csv(world)
+    encoders = [create_encoder(register_tiny(), "random", "cpu", resize=r) for r in ("shortest", "squash")]
+    stores = [FeatureStore(tmp_path / e.fingerprint / "csv") for e in encoders]
+    extract(segments, encoders, stores, ("full",), workers=0, progress=False)
+    assert not torch.equal(stores[0].segment("v0_0", "full"), stores[1].segment("v0_0", "full"))
+    alone = FeatureStore(tmp_path / "alone")
+    extract(segments, encoders[1], alone, "full", workers=0, progress=False)
+    assert torch.equal(alone.segment("v0_0", "full"), stores[1].segment("v0_0", "full"))
+
+
+def test_faulty_videos_are_noted_and_the_rest_is_extracted(tmp_path):
+    register_tiny()
+    world, folder = write_world(tmp_path / "world", videos=2), tmp_path / "world" / "videos"
+    rows = pd.read_csv(world / "segments.csv")
+    whole = (folder / "v0.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[:len(whole) // 3])
+    (folder / "zeros.mp4").write_bytes(bytes(20_000))
+    (folder / "text.mp4").write_text("this is no video\n" * 100)
+    bad = pd.DataFrame([dict(segment_id=f"{v}_0", video_id=v, start_sec=0.1, stop_sec=2.2, verb="take", noun="pan", split="train")
+                        for v in ("cut", "zeros", "text", "missing")])
+    past = pd.DataFrame([dict(segment_id="past", video_id="v0", start_sec=50, stop_sec=52, verb="take", noun="pan", split="train")])
+    pd.concat([rows, bad, past]).to_csv(world / "segments.csv", index=False)
+    store, report = extract_dataset(config(world, tmp_path / "features", workers=1))
+    assert report.extracted == 4 and set(report.failed) == {"cut_0", "zeros_0", "text_0", "missing_0", "past"}
+    for view in ("full", "hand"):
+        lines = [json.loads(line) for line in (store.root / view / "failures.jsonl").read_text().splitlines()]
+        assert [r["segment_id"] for r in lines] == ["cut_0", "missing_0", "past", "text_0", "zeros_0"] and all(r["cause"] for r in lines)
+    missing = store.missing(read_csv(world))
+    assert len(missing) == 10 and "no such file" in missing.set_index("segment_id").cause["missing_0"].iloc[0]
+    assert "ends at 59" in missing.set_index("segment_id").cause["past"].iloc[0]
+    _, again = extract_dataset(config(world, tmp_path / "features"))
+    assert (again.extracted, len(again.failed), again.frames) == (0, 5, 0)
+    shutil.copy(folder / "v1.mp4", folder / "missing.mp4")
+    _, mended = extract_dataset(config(world, tmp_path / "features"))
+    assert mended.extracted == 1 and "missing_0" not in store.failures("full")
+
+
+def test_other_settings_are_refused(world, tmp_path):
+    extract_dataset(config(world, tmp_path, feature_fps=5.0))
+    with pytest.raises(DataError, match="feature_fps: 5.0, now every frame"):
+        extract_dataset(config(world, tmp_path))
+
+
+def test_no_video_at_all_is_an_error_before_any_work(world, tmp_path):
+    shutil.copy(world / "segments.csv", tmp_path)
+    with pytest.raises(DataError, match="none of the 4 videos"):
+        extract_dataset(config(tmp_path, tmp_path / "features"))
+    assert not list((tmp_path / "features").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda p: p.write_bytes(p.read_bytes()[:-40]), "not a whole feature shard"),
+    (lambda p: p.write_bytes(p.read_bytes()[:-7] + b"\x01\x02\x03\x04\x05\x06\x07"), "checksum"),
+    (lambda p: p.write_bytes(b""), "not a whole feature shard"),
+])
+def test_verify_finds_damage(tmp_path, damage, message):
+    store = FeatureStore(tmp_path)
+    write_json(tmp_path / "full" / "manifest.json", {"dim": 8})
+    write_shard(tmp_path / "full" / "a.safetensors", [("a_0", torch.randn(20, 8), np.arange(20))])
+    assert store.verify() == []
+    damage(tmp_path / "full" / "a.safetensors")
+    faults = store.verify()
+    assert len(faults) == 1 and message in faults[0]
+
+
+def test_a_flipped_feature_byte_is_found(tmp_path):
+    write_json(tmp_path / "full" / "manifest.json", {"dim": 8})
+    path = tmp_path / "full" / "a.safetensors"
+    write_shard(path, [("a_0", torch.ones(20, 8), np.arange(20))])
+    content = bytearray(path.read_bytes())
+    place = content.index(torch.ones(8).half().numpy().tobytes())
+    content[place + 9] ^= 1
+    path.write_bytes(content)
+    assert "checksum" in FeatureStore(tmp_path).verify()[0]
+
+
+def test_a_foreign_safetensors_file_is_refused(tmp_path):
+    save_file({"weights": torch.ones(3)}, tmp_path / "a.safetensors")
+    with pytest.raises(DataError, match="not a whole feature shard"):
+        read_shard(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("index", [None, "", "{}", '{"a.safetensors": {"bytes": 1, "segments": {"x": 3}}}'])
+def test_a_lost_or_stale_index_is_made_anew(tmp_path, index):
+    write_json(tmp_path / "manifest.json", {"dim": 8})
+    write_shard(tmp_path / "a.safetensors", [("a_0", torch.randn(20, 8), np.arange(20))])
+    if index is not None:
+        (tmp_path / "index.json").write_text(index)
+    view = StoredView(tmp_path)
+    assert view.place == {"a_0": (0, 0, 20)}
+    view.save_index()
+    assert not StoredView(tmp_path).index_is_stale
+
+
+def test_video_ids_stay_in_their_folder():
+    for video_id in ("../../x", "/etc/passwd", ".hidden", "a/b", "ä b", ".."):
+        name = shard_name(video_id)
+        assert "/" not in name and not name.startswith(".") and (Path("store") / name).resolve().parent == Path("store").resolve()
+
+
+EXTRACT = """
+import sys; sys.path.insert(0, {tests!r})
+from world import register_tiny; register_tiny()
+from xmic.features import ExtractConfig, extract_dataset
+print("begin", flush=True)
+extract_dataset(ExtractConfig(dataset="csv", data_root={world!r}, encoder={tiny!r}, weights="random", features_root={features!r},
+                              device="cpu", workers=1, batch_size=8, progress=False))
+print("end", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_extraction_ends_in_the_same_bytes(tmp_path):
+    world = write_world(tmp_path / "world", videos=12, frames=60)
+    script = lambda features: EXTRACT.format(tests=str(ROOT / "tests"), world=str(world), tiny=register_tiny(), features=str(features))
+    run = lambda features: subprocess.Popen([sys.executable, "-W", "ignore", "-c", script(features)], stdout=subprocess.PIPE, text=True,
+                                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    whole = run(tmp_path / "whole")
+    assert whole.stdout.readline() == "begin\n"
+    begin = time.perf_counter()
+    assert whole.stdout.readline() == "end\n"
+    length, killed = time.perf_counter() - begin, 0
+    rng = random.Random(1)
+    for _ in range(10):
+        process = run(tmp_path / "killed")
+        assert process.stdout.readline() == "begin\n"
+        time.sleep(rng.uniform(0, length * 0.5))
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        stores = list((tmp_path / "killed").glob("*/csv"))
+        assert not stores or FeatureStore(stores[0]).verify() == []
+    assert killed >= 3
+    process = run(tmp_path / "killed")
+    assert process.wait() == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")

@@ -1,0 +1,293 @@
+"""Training and evaluation: schedules, seeds, resuming to the bit, what is recorded, and settings that cannot be."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from world import register_tiny
+from xmic.encoders import create_encoder, embed_classes
+from xmic.evaluation import accuracy, mean_per_class, restricted_top1, top1
+from xmic.features import dataset_store, shard_name, write_shard
+from xmic.files import DataError, settings, write_json
+from xmic.training import EvaluateConfig, RunResult, TrainConfig, evaluate_run, held_out_videos, learning_rate, resolve, run_name, train
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
+ROOT = Path(__file__).resolve().parents[1]
+NOUNS, VERBS = ["pan", "knife", "tap", "cup"], ["take", "put", "wash"]
+
+
+def make_dataset(root: Path, features: Path, name: str, nouns=NOUNS, verbs=VERBS, videos: int = 20, seed: int = 0, rows=(20, 60)) -> Path:
+    "A CSV dataset with generated features in both views, in which noun and verb show."
+    encoder = create_encoder(register_tiny(), "random", "cpu")
+    rng = np.random.default_rng(seed)
+    concept = {n: np.random.default_rng(list(n.encode())).normal(size=32) for n in [*nouns, *verbs]}
+    lines, store = [], dataset_store(features, encoder, "shortest", name)
+    for view in ("full", "hand"):
+        write_json(store.root / view / "manifest.json", dict(encoder.describe(), dim=32, view=view))
+    for v in range(videos):
+        parts = {"full": [], "hand": []}
+        for s in range(4):
+            noun, verb = nouns[rng.integers(len(nouns))], verbs[rng.integers(len(verbs))]
+            lines.append(dict(segment_id=f"v{v}_{s}", video_id=f"v{v}", start_sec=2 * s, stop_sec=2 * s + 2, verb=verb, noun=noun,
+                              split="test" if v % 4 == 0 else "train"))
+            n = int(rng.integers(*rows))
+            for view in parts:
+                made = concept[noun] + np.linspace(0, 1, n)[:, None] * concept[verb] + rng.normal(size=(n, 32))
+                parts[view].append((f"v{v}_{s}", torch.from_numpy(made), np.arange(n)))
+        for view in parts:
+            write_shard(store.root / view / shard_name(f"v{v}"), parts[view])
+    root.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(lines).to_csv(root / "segments.csv", index=False)
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    make_dataset(folder / "csv", folder / "features", "csv")
+    return folder
+
+
+@pytest.fixture
+def config(made, tmp_path) -> TrainConfig:
+    return TrainConfig(dataset="csv", data_root=str(made / "csv"), features_root=str(made / "features"), encoder=register_tiny(),
+                       weights="random", runs_root=str(tmp_path / "runs"), device="cpu", epochs=4, warmup_epochs=1, batch_size=8,
+                       lr=3e-3, progress=False)
+
+
+def weights(run: RunResult) -> dict[str, torch.Tensor]:
+    return load_file(run.folder / "model.safetensors")
+
+
+def same(a: RunResult, b: RunResult) -> bool:
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_learning_rates_equal_the_reference(golden):
+    for case in json.loads((golden / "lr_schedule.json").read_text())["xmic"]:
+        c = case["config"]
+        ours = [learning_rate(e, c["lr"], max(c["warmup_epoch"], 0), c["warmup_min_lr"]) for e in range(1, c["max_epoch"] + 1)]
+        np.testing.assert_allclose(ours, case["lr"], rtol=1e-12)
+
+
+def test_a_run_learns_and_leaves_what_it_promises(config):
+    run = train(replace(config, labels="both", epochs=12, post_mlp=False))  # at width 32 the MLP would have two units
+    assert run.history.loss.iloc[-1] < 0.8 * run.history.loss.iloc[0] and len(run.history) == 12
+    assert {p.name for p in run.folder.iterdir()} == {"config.json", "metrics.json", "history.csv", "model.safetensors", "predictions.csv"}
+    m = run.metrics
+    assert set(m["results"]["csv"]) == {"noun", "verb", "action"}
+    for kind in ("noun", "verb"):
+        value = m["results"]["csv"][kind]["top1"]
+        assert value["count"] == 20 and value["low"] <= value["value"] <= value["high"]
+    assert m["results"]["csv"]["noun"]["top1"]["value"] > 60  # chance is 25
+    assert m["segments"]["csv"] == dict(segments=20, with_features=20, missing=0)
+    assert m["versions"]["torch"] == torch.__version__ and m["seed"] == 0 and m["seconds"] > 0 and m["peak_memory"]["process_mib"] > 50
+    assert m["selection"] == dict(rule="last") and set(m["features"]["csv"]) and settings(TrainConfig, json.loads((run.folder / "config.json").read_text())) == run.config
+    predictions = pd.read_csv(run.folder / "predictions.csv")
+    right = predictions[predictions.kind == "noun"]
+    assert 100 * (right.predicted == right.label).mean() == pytest.approx(m["results"]["csv"]["noun"]["top1"]["value"])
+
+
+def test_a_finished_run_is_not_trained_again(config):
+    run = train(config)
+    changed = (run.folder / "model.safetensors").stat().st_mtime_ns
+    assert train(config).metrics == run.metrics and (run.folder / "model.safetensors").stat().st_mtime_ns == changed
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(config):
+    a, b = (train(replace(config, name=n)) for n in ("a", "b"))
+    assert same(a, b) and a.metrics["results"] == b.metrics["results"]
+    assert not same(a, train(replace(config, seed=1, name="c")))
+
+
+def test_rows_from_disk_give_the_weights_of_resident_rows(config):
+    assert same(*(train(replace(config, resident=r, name=str(r))) for r in (True, False)))
+
+
+def test_the_global_generators_are_left_alone(config):
+    torch.manual_seed(5), np.random.seed(5)
+    expected = torch.rand(3), np.random.rand(3)
+    torch.manual_seed(5), np.random.seed(5)
+    train(config)
+    assert torch.equal(torch.rand(3), expected[0]) and (np.random.rand(3) == expected[1]).all()
+
+
+@pytest.mark.parametrize("selection", ["last", "source validation"])
+def test_interrupted_after_any_epoch_it_goes_on_to_the_same_weights(config, selection, monkeypatch):
+    config = replace(config, selection=selection, validation_fraction=0.3)
+    whole = train(replace(config, name="whole"))
+    from xmic.training import Trainer
+    original, stop_after = Trainer.run_epoch, [1, 1, 1]
+
+    def stopping(self):
+        if self.epoch - stopping.begun >= 1 and stop_after:
+            stop_after.pop()
+            raise KeyboardInterrupt
+        return original(self)
+
+    while True:
+        try:
+            checkpoint = Path(config.runs_root) / "broken" / "checkpoint.pt"
+            stopping.begun = torch.load(checkpoint, weights_only=True)["epoch"] if checkpoint.exists() else 0
+            monkeypatch.setattr(Trainer, "run_epoch", stopping)
+            broken = train(replace(config, name="broken"))
+            break
+        except KeyboardInterrupt:
+            assert not (checkpoint.parent / "metrics.json").exists()
+    assert not stop_after and same(whole, broken) and whole.metrics["selection"] == broken.metrics["selection"]
+    assert (whole.history.drop(columns=["seconds", "data_seconds"]) == broken.history.drop(columns=["seconds", "data_seconds"])).all(axis=None)
+
+
+TRAIN = """
+import sys; sys.path.insert(0, {tests!r})
+from world import register_tiny; register_tiny()
+from xmic.files import settings
+from xmic.training import TrainConfig, train
+print("begin", flush=True)
+train(settings(TrainConfig, {config!r}))
+print("end", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_it_ends_in_the_same_weights(config):
+    config = replace(config, epochs=25)
+    run = lambda name: subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", TRAIN.format(tests=str(ROOT / "tests"), config=asdict(replace(config, name=name)))],
+        stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    whole = run("whole")
+    assert whole.stdout.readline() == "begin\n"
+    begin = time.perf_counter()
+    assert whole.stdout.readline() == "end\n"
+    length, killed = time.perf_counter() - begin, 0
+    rng = random.Random(2)
+    for _ in range(10):
+        process = run("killed")
+        assert process.stdout.readline() == "begin\n"
+        time.sleep(rng.uniform(0.1, 0.7) * length)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert run("killed").wait() == 0 and killed >= 3
+    runs = Path(config.runs_root)
+    assert (runs / "whole/model.safetensors").read_bytes() == (runs / "killed/model.safetensors").read_bytes()
+    metrics = [json.loads((runs / n / "metrics.json").read_text())["results"] for n in ("whole", "killed")]
+    assert metrics[0] == metrics[1]
+
+
+def test_source_validation_keeps_whole_videos_apart(made, config):
+    segments = pd.read_csv(made / "csv/segments.csv")
+    held = held_out_videos(segments, 0.25)
+    assert 0 < held.sum() < len(held) and not set(segments.video_id[held]) & set(segments.video_id[~held])
+    run = train(replace(config, selection="source validation"))
+    assert run.metrics["selection"]["epoch"] == run.history.selection_top1.idxmax() + 1
+
+
+def test_zero_shot_trains_nothing(config):
+    run = train(replace(config, method="zero_shot"))
+    assert run.metrics["parameters"] == 0 and run.history.empty and run.metrics["results"]["csv"]["noun"]["top1"]["count"] == 20
+
+
+def test_shared_and_novel_classes_of_a_target(made, config, monkeypatch):
+    "Two CSV datasets stand for two others: the readers are the same for all."
+    from xmic import training
+    make_dataset(made / "ego4d", made / "features", "ego4d", nouns=["pan", "cup", "drill"], verbs=["take", "screw"], seed=3)
+    segments, classes = training.read_segments, training.read_classes
+    monkeypatch.setattr(training, "read_segments", lambda d, root, split: segments("csv", root, split))
+    monkeypatch.setattr(training, "read_classes", lambda d, root, kind: classes("csv", root, kind))
+    run = train(replace(config, targets=["ego4d"], labels="both", central_seconds=0.0, selection="target (as released)"))
+    found = run.metrics["results"]["ego4d"]
+    table = pd.read_csv(made / "ego4d/segments.csv").query("split == 'test'")
+    assert found["noun"]["novel"]["count"] == (table.noun == "drill").sum()
+    assert found["noun"]["shared"]["count"] == table.noun.isin(["pan", "cup"]).sum()
+    assert found["noun"]["novel"]["value"] == 100.0  # one novel noun competes with itself alone
+    assert set(run.metrics["harmonic_means"]["noun"]) == {"csv+ego4d", "ego4d shared+novel"}
+    elsewhere = evaluate_run(EvaluateConfig(run=str(run.folder), datasets=["ego4d"], device="cpu"))
+    assert elsewhere.metrics["results"]["ego4d"] == found
+    assert evaluate_run(EvaluateConfig(run=str(run.folder), template="a photo of a {}", device="cpu")).folder != elsewhere.folder
+
+
+def test_segments_without_features_are_counted(made, config, tmp_path):
+    import shutil
+    shutil.copytree(made, tmp_path / "copy")
+    table = pd.read_csv(tmp_path / "copy/csv/segments.csv")
+    extra = table.tail(3).assign(segment_id=["x", "y", "z"], split="test")
+    pd.concat([table, extra]).to_csv(tmp_path / "copy/csv/segments.csv", index=False)
+    run = train(replace(config, data_root=str(tmp_path / "copy/csv"), features_root=str(tmp_path / "copy/features")))
+    assert run.metrics["segments"]["csv"] == dict(segments=23, with_features=20, missing=3)
+
+
+def test_no_features_at_all_says_what_to_run(config, tmp_path):
+    with pytest.raises(DataError, match="run nbs/extract.ipynb"):
+        train(replace(config, features_root=str(tmp_path / "nothing")))
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(dataset="epci"), "did you mean 'epic'"), (dict(labels="nouns"), "labels='nouns'"), (dict(recipe="papier"), "did you mean 'paper'"),
+    (dict(context_views=[]), "context_views is empty"), (dict(context_views=["foot"]), "'foot' is neither"),
+    (dict(warmup_epochs=4), "leaves none of the 4 epochs"), (dict(targets=["csv"]), "always evaluated"),
+    (dict(selection="target (as released)"), "needs a target"), (dict(template="photo"), "must contain {}"),
+    (dict(double_shift=True), "takes no part"), (dict(frames=0), "frames=0"), (dict(lr=-1.0), "lr=-1.0"),
+    (dict(method="zero_shot", context_encoder="x"), "no conditioning stream")])
+def test_contradicting_settings_are_refused_before_any_work(config, changes, message):
+    with pytest.raises(DataError) as e:
+        train(replace(config, **changes))
+    assert message in str(e.value) and not Path(config.runs_root).exists()
+
+
+def test_all_faults_are_listed_at_once(config):
+    with pytest.raises(DataError) as e:
+        resolve(replace(config, dataset="x", labels="y", frames=0))
+    assert all(part in str(e.value) for part in ("dataset='x'", "labels='y'", "frames=0"))
+
+
+def test_recipes_differ_and_can_be_mixed():
+    release, paper = (resolve(TrainConfig(recipe=r)) for r in ("release", "paper"))
+    assert (release.lr, release.betas, release.scale, release.post_mlp, release.classified_view, release.central_seconds) == (5e-4, [0.9, 0.98], 2.0, True, "hand", 4.0)
+    assert (paper.lr, paper.betas, paper.scale, paper.post_mlp, paper.classified_view, paper.central_seconds) == (1e-6, [0.9, 0.999], 1.0, False, "full", 0.0)
+    assert resolve(TrainConfig(recipe="paper", lr=5e-4)).lr == 5e-4
+    assert run_name(release) != run_name(paper) != run_name(resolve(TrainConfig(recipe="paper", lr=5e-4)))
+
+
+def test_a_folder_with_another_run_is_refused(config):
+    train(replace(config, name="mine"))
+    with pytest.raises(DataError, match="batch_size: 8, now 16"):
+        train(replace(config, name="mine", batch_size=16))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config):
+    with pytest.raises(DataError, match="lower lr"):
+        train(replace(config, lr=1e30, warmup_epochs=0))
+
+
+def test_every_switch_trains(config):
+    for changes in (dict(post_mlp=False, scale=1.0), dict(merge="concat", positions="as released"), dict(pool="max"), dict(context_views=["full"]),
+                    dict(context_views=["hand"], classified_view="full"), dict(norm_input=False, norm_vector=True, norm_text=True), dict(recipe="paper", warmup_epochs=0),
+                    dict(precision="bf16"), dict(train_scale=True), dict(normalize_frames=True), dict(context_encoder=register_tiny(), context_weights="random")):
+        run = train(replace(config, epochs=2, **changes))
+        assert np.isfinite(run.history.loss).all()
+
+
+def test_accuracies_and_their_intervals():
+    logits, labels = torch.tensor([[3., 1, 2], [0, 2, 1], [5, 4, 1], [1, 2, 9]]), torch.tensor([0, 2, 1, 2])
+    assert top1(logits, labels) == 50 and restricted_top1(logits, labels, torch.tensor([1, 2])) == pytest.approx(200 / 3)
+    assert np.isnan(top1(logits[:0], labels[:0]))
+    rng = np.random.default_rng(0)
+    right = np.arange(2422) < 500
+    found = accuracy(right, rng, 20000)
+    draws = rng.choice(right, (4000, len(right))).mean(1) * 100  # the bootstrap, literally
+    assert found["low"] == pytest.approx(np.quantile(draws, 0.025), abs=0.1) and found["high"] == pytest.approx(np.quantile(draws, 0.975), abs=0.1)
+    per_class = mean_per_class(np.array([True, False, True]), np.array([0, 0, 7]), rng)
+    assert per_class["value"] == 75.0 and per_class["classes"] == 2
+    assert accuracy(right[:0], rng)["value"] is None
