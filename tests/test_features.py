@@ -1,12 +1,7 @@
 """The feature store and extraction: shards whole, resumable to the byte, faults written down, settings never mixed."""
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from videos import write_video
-from world import register_tiny, write_world
+from world import kill_and_resume, register_tiny, write_world
 from xmic.encoders import create_encoder
 from xmic.features import (ExtractConfig, FeatureStore, StoredView, dataset_store, extract, extract_dataset, hand_boxes, read_shard,
                            shard_name, write_shard)
@@ -25,7 +19,6 @@ from xmic.segments import read_csv
 from xmic.video import read_frames
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -192,38 +185,14 @@ def test_video_ids_stay_in_their_folder():
         assert "/" not in name and not name.startswith(".") and (Path("store") / name).resolve().parent == Path("store").resolve()
 
 
-EXTRACT = """
-import sys; sys.path.insert(0, {tests!r})
-from world import register_tiny; register_tiny()
-from xmic.features import ExtractConfig, extract_dataset
-print("begin", flush=True)
-extract_dataset(ExtractConfig(dataset="csv", data_root={world!r}, encoder={tiny!r}, weights="random", features_root={features!r},
-                              device="cpu", workers=1, batch_size=8, progress=False))
-print("end", flush=True)
-"""
-
-
 @pytest.mark.slow
-def test_killed_at_any_moment_extraction_ends_in_the_same_bytes(tmp_path):
+def test_killed_at_ten_random_moments_extraction_ends_in_the_same_bytes(tmp_path):
     world = write_world(tmp_path / "world", videos=12, frames=60)
-    script = lambda features: EXTRACT.format(tests=str(ROOT / "tests"), world=str(world), tiny=register_tiny(), features=str(features))
-    run = lambda features: subprocess.Popen([sys.executable, "-W", "ignore", "-c", script(features)], stdout=subprocess.PIPE, text=True,
-                                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    whole = run(tmp_path / "whole")
-    assert whole.stdout.readline() == "begin\n"
-    begin = time.perf_counter()
-    assert whole.stdout.readline() == "end\n"
-    length, killed = time.perf_counter() - begin, 0
-    rng = random.Random(1)
-    for _ in range(10):
-        process = run(tmp_path / "killed")
-        assert process.stdout.readline() == "begin\n"
-        time.sleep(rng.uniform(0, length * 0.5))
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-        stores = list((tmp_path / "killed").glob("*/csv"))
-        assert not stores or FeatureStore(stores[0]).verify() == []
-    assert killed >= 3
-    process = run(tmp_path / "killed")
-    assert process.wait() == 0
+    settings = {n: asdict(config(world, tmp_path / n, workers=1, batch_size=8)) for n in ("whole", "killed")}
+
+    def nothing_wrong_is_stored():
+        for manifest in (tmp_path / "killed").glob("*/csv/full/manifest.json"):
+            assert FeatureStore(manifest.parents[1]).verify() == []
+
+    assert kill_and_resume("extract", settings["whole"], settings["killed"], after_each=nothing_wrong_is_stored) >= 5
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")

@@ -1,11 +1,5 @@
 """Training and evaluation: schedules, seeds, resuming to the bit, what is recorded, and settings that cannot be."""
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,15 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from world import register_tiny
-from xmic.encoders import create_encoder, embed_classes
+from world import kill_and_resume, register_tiny
+from xmic.encoders import create_encoder
 from xmic.evaluation import accuracy, mean_per_class, restricted_top1, top1
 from xmic.features import dataset_store, shard_name, write_shard
 from xmic.files import DataError, settings, write_json
 from xmic.training import EvaluateConfig, RunResult, TrainConfig, evaluate_run, held_out_videos, learning_rate, resolve, run_name, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
-ROOT = Path(__file__).resolve().parents[1]
 NOUNS, VERBS = ["pan", "knife", "tap", "cup"], ["take", "put", "wash"]
 
 
@@ -150,40 +143,13 @@ def test_interrupted_after_any_epoch_it_goes_on_to_the_same_weights(config, sele
     assert (whole.history.drop(columns=["seconds", "data_seconds"]) == broken.history.drop(columns=["seconds", "data_seconds"])).all(axis=None)
 
 
-TRAIN = """
-import sys; sys.path.insert(0, {tests!r})
-from world import register_tiny; register_tiny()
-from xmic.files import settings
-from xmic.training import TrainConfig, train
-print("begin", flush=True)
-train(settings(TrainConfig, {config!r}))
-print("end", flush=True)
-"""
-
-
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_it_ends_in_the_same_weights(config):
-    config = replace(config, epochs=25)
-    run = lambda name: subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", TRAIN.format(tests=str(ROOT / "tests"), config=asdict(replace(config, name=name)))],
-        stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    whole = run("whole")
-    assert whole.stdout.readline() == "begin\n"
-    begin = time.perf_counter()
-    assert whole.stdout.readline() == "end\n"
-    length, killed = time.perf_counter() - begin, 0
-    rng = random.Random(2)
-    for _ in range(10):
-        process = run("killed")
-        assert process.stdout.readline() == "begin\n"
-        time.sleep(rng.uniform(0.1, 0.7) * length)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-    assert run("killed").wait() == 0 and killed >= 3
-    runs = Path(config.runs_root)
-    assert (runs / "whole/model.safetensors").read_bytes() == (runs / "killed/model.safetensors").read_bytes()
-    metrics = [json.loads((runs / n / "metrics.json").read_text())["results"] for n in ("whole", "killed")]
-    assert metrics[0] == metrics[1]
+    settings = {n: asdict(replace(config, epochs=40, name=n)) for n in ("whole", "killed")}
+    assert kill_and_resume("train", settings["whole"], settings["killed"]) >= 5
+    whole, killed = (Path(config.runs_root) / n for n in settings)
+    assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
+    assert RunResult.read(whole).metrics["results"] == RunResult.read(killed).metrics["results"]
 
 
 def test_source_validation_keeps_whole_videos_apart(made, config):

@@ -1,9 +1,16 @@
 """A small dataset of made videos in the layout of people's own videos, and a tiny CLIP to encode it."""
 import csv
 import json
+import os
+import random
+import signal
+import subprocess
 import sys
 import tempfile
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Callable, Iterator
 
 import numpy as np
 import open_clip
@@ -52,3 +59,58 @@ def write_world(
             writer.writeheader()
             writer.writerows(rows)
     return root
+
+
+class Jobs:
+    "Runs extractions and trainings in processes that can be killed."
+
+    def __init__(self, zygote: subprocess.Popen):
+        self.zygote = zygote
+
+    def run(self,
+            what: str,  # "extract" or "train"
+            settings: dict,
+            kill_after: float | None = None,  # seconds
+           ) -> tuple[int, float]:  # exit code, seconds
+        "Runs one job to its end, or kills it."
+        print(json.dumps([what, settings]), file=self.zygote.stdin, flush=True)
+        child, begin = int(self.zygote.stdout.readline()), time.perf_counter()
+        if kill_after is not None:
+            time.sleep(kill_after)
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        while not (line := self.zygote.stdout.readline()).startswith("exit"):
+            assert line == "end\n", line
+        return int(line.split()[1]), time.perf_counter() - begin
+
+
+@contextmanager
+def jobs() -> Iterator[Jobs]:
+    "A process that has imported everything and starts jobs by forking."
+    here = Path(__file__).parent
+    with subprocess.Popen([sys.executable, str(here / "zygote.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(here.parent)}) as zygote:
+        try:
+            yield Jobs(zygote)
+        finally:
+            zygote.stdin.close()
+
+
+def kill_and_resume(
+    what: str,  # "extract" or "train"
+    whole: dict,  # settings of the run that is left alone
+    killed: dict,  # of the one that is killed
+    kills: int = 10,
+    after_each: Callable[[], None] = lambda: None,
+) -> int:
+    "Runs one job whole, another with `kill -9` at random moments until it ends; gives how many kills met a living process."
+    with jobs() as start:
+        code, length = start.run(what, whole)
+        assert code == 0
+        rng, met = random.Random(1), 0
+        for _ in range(kills):
+            code, _ = start.run(what, killed, kill_after=rng.uniform(0.02, 0.3) * length)
+            met += code == -signal.SIGKILL
+            after_each()
+        assert start.run(what, killed)[0] == 0
+        return met
