@@ -2,8 +2,11 @@
 import json
 import math
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +15,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from xmic.files import DataError
-from xmic.hands import Detections, Hand, HandBoxes, Object, centre, read_100doh, read_boxes, read_epic_hands, union_box
+from xmic.hands import (ArrayUnpickler, Detections, Hand, HandBoxes, Object, centre, read_100doh, read_boxes, read_epic_hands,
+                        union_box, unpickle)
 from xmic.video import VideoInfo, probe
 
 FILE = VideoInfo(frames=10_000, fps=60.0, width=456, height=256)
@@ -181,6 +185,13 @@ def test_pickles_that_hold_other_things(tmp_path, content):
     with pytest.raises(DataError, match="list of byte strings"): read_epic_hands(write(tmp_path / "a.pkl", content))
 
 
+@pytest.mark.parametrize("make", [HandBoxes.from_epic, HandBoxes.from_100doh])
+def test_a_folder_without_detections(tmp_path, make):
+    "Otherwise every frame would be whole, and nobody would know why."
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(DataError, match="holds no detections"): make(folder)
+
+
 # Hostile and damaged pickles
 
 class Touch:
@@ -226,6 +237,53 @@ def test_files_that_are_no_pickle(tmp_path, read):
         (tmp_path / "a.pkl").write_bytes(content)
         with pytest.raises(DataError, match="a.pkl: not readable"): read(tmp_path / "a.pkl")
     with pytest.raises(DataError, match="no such file"): read(tmp_path / "missing.pkl")
+
+
+CRAFTED = """
+import pickle, sys
+import numpy as np
+class Made:
+    def __init__(self, *call): self.call = call
+    def __reduce__(self): return self.call
+def dtype(code, *state): return Made(np.dtype, (code, False, True), state)
+def array(dtype, data, shape=(1,)): return Made(np.zeros(1).__reduce__()[0], (np.ndarray, (0,), b"b"), (1, shape, dtype, False, data))
+outside = dtype("V8", 3, "|", None, ("a",), {"a": (np.dtype("f8"), 10**9)}, 8, 1, 16)
+pointer = dtype("V8", 3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0)
+crafted = {
+    "outside": array(outside, bytes(8)), "pointer": array(pointer, b"A" * 8), "scalar": Made(np.float64(0).__reduce__()[0], (pointer, b"A" * 8)),
+    "objects": np.array([None, 1]), "text": np.array(["a"]), "too short": array(np.dtype("f8"), bytes(8), (10**9,)), "dates": np.array(["2024"], "M8[Y]"),
+}
+pickle.dump({1: {"hand_dets": crafted[sys.argv[2]], "obj_dets": None}}, open(sys.argv[1], "wb"))
+"""
+
+
+@pytest.mark.parametrize("name", ["outside", "pointer", "scalar", "objects", "text", "too short", "dates"])
+def test_crafted_arrays_are_refused(tmp_path, name):
+    "Arrays whose pickles point outside of their memory crash a process that reads them as numpy does; read in one of its own."
+    path = tmp_path / "clip.pkl"
+    subprocess.run([sys.executable, "-c", CRAFTED, path, name], check=True)
+    code = f"from xmic.hands import read_100doh; from xmic.files import DataError\ntry: read_100doh({str(path)!r})\nexcept DataError as e: print('refused:', e)"
+    read = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
+    assert read.returncode == 0 and "refused:" in read.stdout, read.stderr
+
+
+@settings(max_examples=60)
+@given(st.binary(max_size=300))
+def test_noise_is_refused(tmp_path_factory, noise):
+    path = tmp_path_factory.mktemp("noise") / "P01_09.pkl"
+    path.write_bytes(b"\x80\x04" + noise)
+    for read in READERS:
+        try: assert read(path) is not None
+        except DataError as e: assert "P01_09.pkl" in str(e)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("values", [
+    np.arange(12, dtype="f4").reshape(3, 4).T, np.arange(6, dtype=">i2"), np.zeros((0, 10)), np.arange(24.0).reshape(4, 6)[::2, ::3],
+    np.array(5), np.float64(0.25), np.int64(-7), np.uint8(200), np.bool_(True)], ids=repr)
+def test_numbers_are_read_as_they_were_written(tmp_path, values, protocol):
+    found = np.asarray(unpickle(write(tmp_path / "a.pkl", values, protocol), ArrayUnpickler))
+    assert np.array_equal(found, values) and found.shape == values.shape and found.dtype.kind == np.asarray(values).dtype.kind
 
 
 # 100DOH
@@ -307,6 +365,11 @@ def test_bad_rows_are_named(tmp_path, row):
     path.write_text(f"{HEADER}a,0,1,2,3,4\n{row}\na,2,,,,\n")
     with pytest.raises(DataError, match=r"boxes.csv: expected .*\(1 row\):\n  row 2: segment 'a'"): read_boxes(path)
     with pytest.raises(DataError, match="row 2"): HandBoxes.from_boxes(path)
+
+
+def test_a_frame_has_one_box(tmp_path):
+    (tmp_path / "boxes.csv").write_text(f"{HEADER}a,7,1,2,30,40\nb,7,1,2,30,40\na,7,9,9,30,40\n")
+    with pytest.raises(DataError, match=r"once for each segment.*\(1 row\):\n  row 3"): read_boxes(tmp_path / "boxes.csv")
 
 
 def test_many_bad_rows_are_one_error(tmp_path):

@@ -152,7 +152,7 @@ def read_epic_hands(
         raise DataError(f"{path}: expected a list of byte strings, one for each frame, as EPIC-KITCHENS-100 publishes its detections")
     return EpicHands(path, messages)
 
-# %% ../nbs/05_hands.ipynb #eb9dd2d4
+# %% ../nbs/05_hands.ipynb #e055e724
 class _DType:
     "Stands for a numpy dtype while a pickle is read."
 
@@ -181,13 +181,13 @@ class _Array(np.ndarray):
 class ArrayUnpickler(PlainUnpickler):
     "Reads numpy's arrays of numbers and single numbers too."
 
-    allowed = {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _DType, ("_codecs", "encode"): lambda text, _: text.encode("latin1")}
+    allowed = {("numpy", "ndarray"): None, ("numpy", "dtype"): _DType, ("_codecs", "encode"): lambda text, _: text.encode("latin1")}
     for core in ("core", "_core"):  # numpy 2 has renamed the module
         allowed |= {(f"numpy.{core}.multiarray", "_reconstruct"): lambda *_: np.zeros(0).view(_Array),
                     (f"numpy.{core}.multiarray", "scalar"): lambda dtype, data: dtype.read(data, ()).item(),
                     (f"numpy.{core}.numeric", "_frombuffer"): lambda data, dtype, shape, order: dtype.read(data, shape, order)}
 
-# %% ../nbs/05_hands.ipynb #5652f74c
+# %% ../nbs/05_hands.ipynb #8c4802b1
 def read_100doh(
     path: str | Path,  # a pickle {frame: {"hand_dets": (n, 10) array or None, "obj_dets": (m, 10) array or None}}
     offset_scale: float = 10_000.0,  # pixels for an offset of length 1
@@ -201,7 +201,7 @@ def read_100doh(
         if number == "info":
             continue
         try:
-            rows = [_rows(found.get(k)) for k in ("hand_dets", "obj_dets")]
+            rows = [_rows(found.get(k)).tolist() for k in ("hand_dets", "obj_dets")]
             frames[int(number)] = (
                 [Hand(tuple(r[:4]), r[4], int(r[5]), int(r[9]), (offset_scale * r[6] * r[7], offset_scale * r[6] * r[8])) for r in rows[0]],
                 [Object(tuple(r[:4]), r[4]) for r in rows[1]])

@@ -23,7 +23,7 @@ from .segments import read_classes, read_segments
 from .training import RunResult, dataset_root
 from .video import frame_indices, probe, read_frames
 
-# %% ../nbs/15_reporting.ipynb #0cd353ab
+# %% ../nbs/15_reporting.ipynb #68ec8875
 def plot_history(
     run: RunResult,
 ) -> Figure | None:  # None where nothing was trained
@@ -37,13 +37,13 @@ def plot_history(
     curves = history.rename(columns={"train_top1": "training", "selection_top1": run.config.selection})
     curves = curves.melt("epoch", [c for c in ("training", run.config.selection) if c in curves], var_name="segments", value_name="top-1 (%)")
     sns.lineplot(curves, x="epoch", y="top-1 (%)", hue="segments", marker="o", ax=right)
-    right.set(title="accuracy", ylim=(0, None))
+    right.set(title="accuracy" if run.config.labels != "both" else "accuracy of noun and verb together", ylim=(0, max(1, right.get_ylim()[1])))
     for ax in (left, right):
         ax.xaxis.get_major_locator().set_params(integer=True)
     sns.despine(fig)
     return fig
 
-# %% ../nbs/15_reporting.ipynb #748ce64e
+# %% ../nbs/15_reporting.ipynb #43bacc47
 NAMES = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class", "shared": "shared", "novel": "novel"}
 
 
@@ -66,13 +66,13 @@ def plot_accuracies(
             at = np.arange(len(names)) + (i - (len(datasets) - 1) / 2) * width
             ax.bar(at, own.value, width, label=dataset, color=sns.color_palette()[i],
                    yerr=[own.value - own.low, own.high - own.value], capsize=2)
-        ax.set(title=kind, ylabel="per cent", xticks=range(len(names)))
+        ax.set(title=kind, ylabel="per cent", xticks=range(len(names)), ylim=(0, max(1, ax.get_ylim()[1])))
         ax.set_xticklabels(names, rotation=20)
     axes[0][-1].legend(title="evaluated on", loc="upper left", bbox_to_anchor=(1, 1))
     sns.despine(fig)
     return fig
 
-# %% ../nbs/15_reporting.ipynb #2cb2b1ee
+# %% ../nbs/15_reporting.ipynb #fd52f256
 def plot_segments(
     run: RunResult,
     rows: int = 3,  # segments that were recognised, and as many that were not
@@ -89,6 +89,7 @@ def plot_segments(
     segments = read_segments(dataset, dataset_root(run.config, dataset), "test").set_index("segment_id")
     names = {k: read_classes(dataset, dataset_root(run.config, dataset), k).names for k in set(chosen.kind)}
     fig, axes = plt.subplots(len(chosen), frames, figsize=(1.5 * frames, 1.15 * len(chosen)), squeeze=False, constrained_layout=True)
+    fig.get_layout_engine().set(hspace=0.25)
     for line, (row, strip) in enumerate(zip(chosen.itertuples(), axes)):
         good = row.predicted == row.label
         segment = segments.loc[row.segment_id]
@@ -101,8 +102,9 @@ def plot_segments(
         for ax, frame in zip(strip, shown):
             ax.imshow(frame); ax.set(xticks=[], yticks=[])
         label, predicted = (names[row.kind][i] for i in (row.label, row.predicted))
-        strip[0].set_title(label if good else f"{label}, taken for {predicted}", loc="left", fontsize=9,
-                           color="tab:green" if good else "tab:red")
+        title = strip[0].set_title(label if good else f"{label}, taken for {predicted}", loc="left", fontsize=9,
+                                   color="tab:green" if good else "tab:red")
+        title.set_in_layout(False)  # a long name runs over the next frames instead of pushing them away
     return fig
 
 # %% ../nbs/15_reporting.ipynb #6987b4d4

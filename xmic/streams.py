@@ -64,7 +64,7 @@ def shift_twice(
         shifted = np.floor(rows + step / 2).astype(np.int64)
     return np.minimum(shifted, lengths[:, None] - 1)
 
-# %% ../nbs/10_streams.ipynb #fe802aac
+# %% ../nbs/10_streams.ipynb #158696ed
 def free_bytes(
     device: torch.device,
 ) -> int:
@@ -109,10 +109,10 @@ class Streams:
             self.places = places
 
     def _load(self, view: StoredView, places: np.ndarray) -> Tensor:  # (sum N, D) float16 on the device
-        flat = torch.empty(int(self.lengths.sum()), view.dim, dtype=torch.float16)
+        flat = np.empty((int(self.lengths.sum()), view.dim), np.float16)
         for to, (shard, first, n) in zip(self.first, places):
-            flat[to:to + n] = view.shard(shard)[0][first:first + n]
-        return flat.to(self.device)
+            flat[to:to + n] = view.shard(shard)[0].numpy()[first:first + n]  # NumPy: torch would wake its threads for every copy
+        return torch.from_numpy(flat).to(self.device)
 
     def __len__(self) -> int:
         return len(self.lengths)
