@@ -61,15 +61,15 @@ def stored_rows(
 
 
 def generate(store: Path, segments: pd.DataFrame, rows: np.ndarray, fps: float | None) -> None:
-    "Writes both views, a shard for each video: rows of one random block, from another place for each segment."
+    "Writes both views, a shard for each video: each segment is a piece of one random block, from a place of its own."
     rng = np.random.default_rng(0)
-    block = torch.from_numpy(rng.standard_normal((8191, DIM), np.float32)).half()
+    block = torch.from_numpy(rng.standard_normal((8192 + rows.max(), DIM), np.float32)).half()
     for view in VIEWS:
         write_json(store / view / "manifest.json", dict(dim=DIM, fingerprint="generated", view=view, feature_fps=fps or "every frame"))
         for video, part in tqdm(segments.assign(rows=rows).groupby("video_id"), desc=f"writing {view}", unit="video", mininterval=2, disable=None):
-            offsets = rng.integers(0, len(block), len(part))
+            offsets = rng.integers(0, 8192, len(part))
             write_shard(store / view / shard_name(video), [
-                (segment, block[torch.from_numpy((offset + np.arange(n)) % len(block))], np.arange(n))
+                (segment, block[offset:offset + n], np.arange(n))
                 for segment, n, offset in zip(part.segment_id, part.rows, offsets)])
 
 

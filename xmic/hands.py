@@ -67,11 +67,13 @@ def union_box(
     left, top, right, bottom = zip(*boxes)
     return min(left), min(top), max(right), max(bottom)
 
-# %% ../nbs/05_hands.ipynb #c5a335ad
+# %% ../nbs/05_hands.ipynb #a861a9be
 class PlainUnpickler(pickle.Unpickler):
     "Reads containers, numbers, strings and bytes, and the globals in `allowed`; everything else is an error."
 
-    allowed: dict[tuple[str, str], Any] = {}
+    text = "bytes"  # what strings of Python 2 become
+    allowed: dict[tuple[str, str], Any] = {  # how old protocols write bytes
+        ("_codecs", "encode"): lambda text, _: text.encode("latin1"), ("__builtin__", "bytes"): lambda: b"", ("builtins", "bytes"): lambda: b""}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.allowed:
@@ -86,7 +88,7 @@ def unpickle(
     "The plain data of a pickle; raises `DataError` if it is damaged or wants anything that could run code."
     try:
         with open(path, "rb") as f:
-            return reader(f).load()
+            return reader(f, encoding=reader.text).load()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as e:
@@ -152,7 +154,7 @@ def read_epic_hands(
         raise DataError(f"{path}: expected a list of byte strings, one for each frame, as EPIC-KITCHENS-100 publishes its detections")
     return EpicHands(path, messages)
 
-# %% ../nbs/05_hands.ipynb #e055e724
+# %% ../nbs/05_hands.ipynb #44c06a38
 class _DType:
     "Stands for a numpy dtype while a pickle is read."
 
@@ -166,6 +168,7 @@ class _DType:
         kind = np.dtype(self.code) if isinstance(self.code, str) else np.dtype("O")
         if kind.kind not in "biuf":
             raise pickle.UnpicklingError(f"it holds an array of {self.code!r}; only numbers are read")
+        data = data.encode("latin1") if isinstance(data, str) else data
         return np.frombuffer(data, kind.newbyteorder(self.order)).reshape(shape, order=order)
 
 
@@ -181,7 +184,8 @@ class _Array(np.ndarray):
 class ArrayUnpickler(PlainUnpickler):
     "Reads numpy's arrays of numbers and single numbers too."
 
-    allowed = {("numpy", "ndarray"): None, ("numpy", "dtype"): _DType, ("_codecs", "encode"): lambda text, _: text.encode("latin1")}
+    text = "latin1"
+    allowed = PlainUnpickler.allowed | {("numpy", "ndarray"): None, ("numpy", "dtype"): _DType}
     for core in ("core", "_core"):  # numpy 2 has renamed the module
         allowed |= {(f"numpy.{core}.multiarray", "_reconstruct"): lambda *_: np.zeros(0).view(_Array),
                     (f"numpy.{core}.multiarray", "scalar"): lambda dtype, data: dtype.read(data, ()).item(),

@@ -56,7 +56,7 @@ class Recognition:
                 lines.append(f"{kind}: " + ", ".join(f"{r.name} {r.score:.1f} %" for r in table.itertuples(index=False)))
         return "\n".join(lines)
 
-# %% ../nbs/16_recognizer.ipynb #0c294b95
+# %% ../nbs/16_recognizer.ipynb #4e9179f9
 class Recognizer:
     "A frozen CLIP with trained adapters, for videos and class lists of any kind."
 
@@ -79,18 +79,26 @@ class Recognizer:
                        ) -> "Recognizer":
         "Loads the adapters of a folder and the encoder that they were trained with. Raises `DataError` if it holds none."
         folder = Path(folder)
-        config = read_json(folder / "config.json")
-        kept = config["adapters"] if "adapters" in config else {"": config}
-        configs, methods = {}, {}
-        for name, values in kept.items():
-            c = settings(TrainConfig, values)
-            encoder, context = configs and encoder or create_encoder(c.encoder, weights or c.weights, device), None
-            context = create_encoder(c.context_encoder, c.context_weights, device) if c.context_encoder else encoder
-            method = build_method(c, encoder.dim, context.dim, float(encoder.logit_scale))
-            method.load_state_dict(load_file(folder / (f"{name}.safetensors" if name else "model.safetensors")))
-            for kind in [name] if name else (["noun", "verb"] if c.labels == "both" else [c.labels]):
-                configs[kind], methods[kind] = c, method
-        return cls(encoder, methods, configs, context)
+        kept = read_json(folder / "config.json")
+        if "adapters" in kept:
+            files = {kind: (settings(TrainConfig, c), folder / f"{kind}.safetensors") for kind, c in kept["adapters"].items()}
+        else:
+            run = settings(TrainConfig, kept)
+            kinds = ["noun", "verb"] if run.labels == "both" else [run.labels]
+            files = {kind: (run, folder / "model.safetensors") for kind in kinds}
+        configs = [config for config, _ in files.values()]
+        for name in ("encoder", "weights", "context_encoder", "context_weights"):
+            if len({getattr(c, name) for c in configs}) != 1:
+                raise DataError(f"{folder}: its adapters were trained with different settings of {name}; load them one by one")
+        encoder = create_encoder(configs[0].encoder, weights or configs[0].weights, device)
+        context = create_encoder(configs[0].context_encoder, configs[0].context_weights, device) if configs[0].context_encoder else encoder
+        methods = {}
+        for kind, (config, path) in files.items():
+            if not path.is_file():
+                raise DataError(f"{path}: no such file; {folder} is neither a finished run nor a saved recognizer")
+            methods[kind] = build_method(config, encoder.dim, context.dim, float(encoder.logit_scale))
+            methods[kind].load_state_dict(load_file(path))
+        return cls(encoder, methods, {kind: config for kind, (config, _) in files.items()}, context)
 
     def save_pretrained(self,
                         folder: str | Path,
