@@ -75,7 +75,7 @@ def test_saved_and_loaded_it_answers_the_same(run, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, error, message", [
-    (dict(), DataError, "give a list of nouns"), (dict(nouns=[]), DataError, ""), (dict(nouns=["a"], start=99.0), DataError, "no stretch"),
+    (dict(), DataError, "give a list of nouns"), (dict(nouns=[]), DataError, "no names|name"), (dict(nouns=["a"], start=99.0), DataError, "no stretch"),
     (dict(nouns=["a"], start=1.0, stop=0.5), DataError, "no stretch"), (dict(nouns=["pan", "pan"]), DataError, "pan")])
 def test_wrong_questions_are_refused(run, arguments, error, message):
 

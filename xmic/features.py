@@ -125,7 +125,7 @@ class StoredView:
         features, frames = self.shard(number)
         return features[first:first + rows], frames[first:first + rows]
 
-# %% ../nbs/09_features.ipynb #d5f1710f
+# %% ../nbs/09_features.ipynb #d47d6f2d
 class FeatureStore:
     "Frame features of one dataset by one encoder, in several views."
 
@@ -151,8 +151,9 @@ class FeatureStore:
         "Opens a view; raises `DataError` naming those that exist if it does not."
         if name not in self._views:
             if name not in self.views:
-                raise DataError(f"{self.root} holds no view {name!r} (it holds: {', '.join(self.views) or 'nothing'}); "
-                                f"run nbs/extract.ipynb for it first")
+                others = sorted(p.parents[1].parent.name for p in self.root.parent.parent.glob(f"*/{self.root.name}/{name}/manifest.json"))
+                raise DataError(f"{self.root} holds no view {name!r} (it holds: {', '.join(self.views) or 'nothing'}); run nbs/extract.ipynb "
+                                f"for it first" + (f", or use the settings of one of these encoders, which have it: {', '.join(others)}" if others else ""))
             self._views[name] = StoredView(self.root / name)
         return self._views[name]
 

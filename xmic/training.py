@@ -48,7 +48,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 METHODS = ("xmic", "zero_shot")
 SELECTIONS = ("last", "source validation", "target (as released)")
 
-# %% ../nbs/14_training.ipynb #d4084073
+# %% ../nbs/14_training.ipynb #05a7d783
 @dataclass
 class TrainConfig:
     "All settings of a run. A field that is None takes its value from the recipe."
@@ -66,6 +66,7 @@ class TrainConfig:
     weights: str | None = None  # its pretrained tag, a local file, or "random"; None: OpenAI's
     context_encoder: str | None = None  # encoder that the adapter reads; None: the same
     context_weights: str | None = None
+    encoder_precision: str = "auto"  # that features were extracted with: "auto" (bf16 on GPU, fp32 on CPU), "fp32" or "bf16"
     resize: str = "shortest"  # how full frames were resized: "shortest", "squash" or "as released" (by dataset)
     classified_view: str | None = None  # view that is compared with the texts: "hand" or "full"
     context_views: list[str] = field(default_factory=lambda: ["hand", "full"])  # views that the adapter reads
@@ -108,7 +109,7 @@ class TrainConfig:
     resident: bool | None = None  # features on the device; None: where they fit
     progress: bool = True
 
-# %% ../nbs/14_training.ipynb #7c6369df
+# %% ../nbs/14_training.ipynb #c3e940c1
 def resolve(
     config: TrainConfig,
 ) -> TrainConfig:  # without None in the recipe's fields
@@ -129,6 +130,7 @@ def resolve(
     one_of("selection", SELECTIONS)
     one_of("classified_view", ["hand", "full"])
     one_of("precision", ["auto", "fp32", "bf16"])
+    one_of("encoder_precision", ["auto", "fp32", "bf16"])
     one_of("resize", ["shortest", "squash", "as released"])
     for name in ("frames", "epochs", "batch_size"):
         if getattr(config, name) < 1:
@@ -218,7 +220,7 @@ def dataset_root(
         return from_root(config.target_roots[dataset])
     return dataset_root(config, config.dataset).parent / dataset
 
-# %% ../nbs/14_training.ipynb #5cd19a8e
+# %% ../nbs/14_training.ipynb #31f4f7a9
 class RunData:
     "Everything that a run reads: encoders, class sets, class embeddings, segments and features."
 
@@ -228,8 +230,9 @@ class RunData:
                 ):
         self.config, self.device = config, device
         self.kinds = ["noun", "verb"] if config.labels == "both" else [config.labels]
-        self.encoder = create_encoder(config.encoder, config.weights, device)
-        self.context = create_encoder(config.context_encoder, config.context_weights, device) if config.context_encoder else self.encoder
+        self.encoder = create_encoder(config.encoder, config.weights, device, precision=config.encoder_precision)
+        self.context = create_encoder(config.context_encoder, config.context_weights, device, precision=config.encoder_precision) \
+            if config.context_encoder else self.encoder
         self.classes = {d: {k: read_classes(d, dataset_root(config, d), k) for k in self.kinds}
                         for d in [config.dataset, *config.targets]}
         self.text = {d: {k: self.embed(c) for k, c in sets.items()} for d, sets in self.classes.items()}
