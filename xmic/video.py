@@ -455,14 +455,39 @@ class Item(NamedTuple):
     done: bool = False  # the task has ended; there is no chunk with it
     error: Exception | None = None  # why it ended early: `DataError` for faults of the data, `RuntimeError` for those of the code
 
-# %% ../nbs/04_video.ipynb #88b465a3
+# %% ../nbs/04_video.ipynb #b878fe56
+def _put(pipe: Connection, value: Any) -> None:
+    buffers: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(value, 5, buffer_callback=buffers.append)
+    parts = [b.raw() for b in buffers]
+    pipe.send_bytes(pickle.dumps((head, [part.nbytes for part in parts])))
+    for part in parts:
+        if os.name == "nt":
+            pipe.send_bytes(part)
+            continue
+        while part.nbytes: part = part[os.write(pipe.fileno(), part):]
+
+
+def _take(pipe: Connection) -> Any:
+    "Raises `EOFError` or `OSError` where the other side has ended."
+    head, sizes = pickle.loads(pipe.recv_bytes())
+    parts = [bytearray(pipe.recv_bytes() if os.name == "nt" else n) for n in sizes]
+    for part in parts if os.name != "nt" else []:
+        rest = memoryview(part)
+        while rest.nbytes:
+            if not (n := os.readv(pipe.fileno(), [rest])):
+                raise EOFError
+            rest = rest[n:]
+    return pickle.loads(head, buffers=parts)
+
+# %% ../nbs/04_video.ipynb #2bc6c53d
 def _work(pipe: Connection, timeout: float) -> None:
     "What a worker process does: one task after another, until the pipe is closed."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     alarm = getattr(signal, "alarm", lambda seconds: None)
     try:
-        pipe.send("ready")
+        _put(pipe, "ready")
         while True:
             task, error = pipe.recv_bytes(), None
             try:
@@ -473,13 +498,13 @@ def _work(pipe: Connection, timeout: float) -> None:
                     chunk = next(chunks, _END)
                     alarm(0)
                     if chunk is _END: break
-                    pipe.send((chunk, False, None))
+                    _put(pipe, (chunk, False, None))
             except DataError as e:
                 error = e
             except Exception:
                 error = RuntimeError(f"in a decoding worker:\n{traceback.format_exc()}")
             alarm(0)
-            pipe.send((None, True, error))
+            _put(pipe, (None, True, error))
     except (EOFError, OSError):
         pass
 
@@ -491,7 +516,7 @@ def _end_with_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
 
-# %% ../nbs/04_video.ipynb #b0045faa
+# %% ../nbs/04_video.ipynb #9583c3ea
 class _Worker:
     "A worker process and this side of its pipe."
 
@@ -522,7 +547,7 @@ class _Worker:
     def receive(self) -> Item | None:
         "The next item, or None where there is nothing to hand on. A dead worker's last item is its error."
         try:
-            message = self.pipe.recv()
+            message = _take(self.pipe)
         except (EOFError, OSError):
             self.process.join(5)
             code = self.process.exitcode
