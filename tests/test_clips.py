@@ -303,3 +303,17 @@ def test_in_a_worker(path, tmp_path):
     assert set(clips) == {"a"} and set(failed) == {"b"} and there.keys() == here.keys()
     assert all((there[key] == here[key]).all() for key in here)
     assert number_of(there["full", 0][3]) == 3 == number_of(numbered_frame(3))
+
+
+def test_times_of_the_frames_decide_where_the_rate_varies():
+    times = np.cumsum(np.r_[0, np.tile([0.02, 0.12, 0.04], 100)])[:300]
+    video = info(frames=300, fps=299 / times[-1])
+    frames = wanted_frames(video, segment(start=3.0, stop=5.0), times=times)
+    half = 0.5 / video.fps
+    assert (frames == np.flatnonzero((times >= 3.0 - half) & (times < 5.0 - half))).all()
+    assert wanted_frames(video, segment(start=17.0, stop=times[-1] + 0.3), times=times)[-1] == 299
+    with pytest.raises(DataError, match="ends at 299"): wanted_frames(video, segment(start=17.0, stop=times[-1] + 2), times=times)
+    steady = np.arange(300) / 30
+    for rate in (None, 4, 7):
+        a, b = (wanted_frames(info(), segment(start=1.01, stop=4.02), rate, t) for t in (None, steady))
+        assert len(a) == len(b) and abs(a - b).max() <= 1

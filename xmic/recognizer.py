@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recognition', 'Recognizer']
 
-# %% ../nbs/16_recognizer.ipynb #e6ec5e3f
+# %% ../nbs/16_recognizer.ipynb #f699e75d
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ from .files import DataError, read_json, settings, whole_file, write_json
 from .hands import HandBoxes
 from .streams import Batch
 from .training import TrainConfig, build_method
-from .video import frame_indices, probe, read_frames
+from .video import frame_indices, frame_times, probe, read_frames
 
 # %% ../nbs/16_recognizer.ipynb #befb0727
 @dataclass
@@ -56,7 +56,7 @@ class Recognition:
                 lines.append(f"{kind}: " + ", ".join(f"{r.name} {r.score:.1f} %" for r in table.itertuples(index=False)))
         return "\n".join(lines)
 
-# %% ../nbs/16_recognizer.ipynb #4e9179f9
+# %% ../nbs/16_recognizer.ipynb #810144af
 class Recognizer:
     "A frozen CLIP with trained adapters, for videos and class lists of any kind."
 
@@ -132,7 +132,8 @@ class Recognizer:
         name = Path(video).stem
         segment = SimpleNamespace(segment_id=name, video_id=name, start_sec=begin, stop_sec=min(end, info.duration),
                                   start_frame=int(begin * info.fps) + 1, stop_frame=int(min(end, info.duration) * info.fps) + 1)
-        every, found = wanted_frames(info, segment), {}
+        times = None if info.folder else frame_times(video, backend)
+        every, found = wanted_frames(info, segment, times=times), {}
         crops_made: dict[int, tuple] = {}
         for kind, names in classes.items():
             found[kind] = self._recognise(kind, names, video, info, segment, every, boxes, backend, top, crops_made)
