@@ -108,8 +108,9 @@ def kill_and_resume(
         code, length = start.run(what, whole)
         assert code == 0
         rng, met = random.Random(1), 0
-        for _ in range(kills):
-            code, _ = start.run(what, killed, kill_after=rng.uniform(0.02, 0.3) * length)
+        for kill in range(kills):  # early ones first: what is resumed comes to its end sooner each time
+            part = rng.uniform(0.02, 0.15) if kill < 0.7 * kills else rng.uniform(0.2, 0.6)
+            code, _ = start.run(what, killed, kill_after=part * length)
             met += code == -signal.SIGKILL
             after_each()
         assert start.run(what, killed)[0] == 0
