@@ -208,7 +208,7 @@ def _with_state(frames: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
         held = []
     yield from ((f, patched or any(f.is_corrupt for f in held)) for f in held)
 
-# %% ../nbs/04_video.ipynb #f5519c82
+# %% ../nbs/04_video.ipynb #e1287a1e
 def _decord() -> ModuleType | None:
     "The module, or None on platforms that it has no wheel for."
     if find_spec("decord") is None:
@@ -250,8 +250,9 @@ class _DecordReader:
         self.reader = self.reader or self._open()
         try:
             with _messages() as said:
-                frames = self.reader.get_batch(indices).asnumpy()
-            self.reader.seek(0)
+                batch = self.reader.get_batch(indices)
+                self.reader.seek(0)
+            frames = batch.asnumpy()
         except Exception as e:
             self.reader = None
             raise VideoError(self.path, f"it cannot be decoded there ({_first_line(e)})", indices) from None

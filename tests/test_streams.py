@@ -1,0 +1,99 @@
+"Rows on the device and rows read from disk give the same batches, whatever is sampled."
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from xmic.features import FeatureStore, write_shard
+from xmic.files import DataError, write_json
+from xmic.streams import Streams, ahead, sample_rows, shift_twice
+
+
+@pytest.fixture
+def store(tmp_path):
+    "Two views of 40 segments in five shards; each row says where it is from."
+    store, rng = FeatureStore(tmp_path), np.random.default_rng(0)
+    lengths = rng.integers(1, 300, 40)
+    for number, view in enumerate(("full", "hand")):
+        write_json(tmp_path / view / "manifest.json", {"dim": 4})
+        for shard in range(5):
+            write_shard(tmp_path / view / f"P01_{shard:02}.safetensors", [
+                (f"P01_{shard:02}_{i}", torch.tensor([[number, i, row, shard] for row in range(lengths[i])]).half(), np.arange(lengths[i]))
+                for i in range(shard * 8, shard * 8 + 8)])
+    store.lengths = lengths
+    return store
+
+
+def names(store):
+    return [f"P01_{i // 8:02}_{i}" for i in range(40)]
+
+
+def both(store, **options):
+    views = store.view("hand"), store.view("full")
+    return [Streams(views[0], views, names(store), resident=r) for r in (True, False)]
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("shifted", [True, False])
+def test_rows_are_the_ones_asked_for(store, train, shifted):
+    rng = np.random.default_rng(1)
+    start, order = np.zeros(40, int), rng.permutation(40)
+    rows = sample_rows(start, store.lengths, 16, train, rng)
+    context = shift_twice(rows, start, store.lengths, store.lengths, train, rng) if shifted else None
+    for streams in both(store):
+        seen = []
+        for positions, batch in streams.batches(order, rows, 7, context):
+            seen += positions.tolist()
+            ids = torch.from_numpy(positions)[:, None].expand(-1, 16)
+            assert torch.equal(batch.video[..., 2], torch.from_numpy(rows[positions]).float())
+            assert torch.equal(batch.context[:, :, 0, 2], torch.from_numpy((rows if context is None else context)[positions]).float())
+            assert (batch.context[:, :, 0, 0] == 1).all() and (batch.context[:, :, 1, 0] == 0).all()
+            assert (batch.video[..., 1] == ids).all() and (batch.context[..., 1] == ids[..., None]).all()
+        assert seen == order.tolist()
+
+
+def test_last_batch_may_be_left_out(store):
+    rows = sample_rows(np.zeros(40, int), store.lengths)
+    for streams in both(store):
+        assert [len(p) for p, _ in streams.batches(np.arange(40), rows, 12, drop_last=True)] == [12, 12, 12]
+        assert [len(p) for p, _ in streams.batches(np.arange(40), rows, 12)] == [12, 12, 12, 4]
+
+
+def test_a_shard_cut_short_while_open_is_an_error(store):
+    streams = both(store)[1]
+    path = store.root / "hand" / "P01_04.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:len(data) // 2])
+    with pytest.raises(DataError, match="P01_04.*cut short"):
+        list(streams.batches(np.arange(40), sample_rows(np.zeros(40, int), store.lengths), 8))
+
+
+def test_views_of_different_rates_are_refused(store):
+    segments = [(f"P01_00_{i}", torch.zeros(2, 4).half(), np.arange(2)) for i in range(8)]
+    write_shard(store.root / "full" / "P01_00.safetensors", segments)
+    with pytest.raises(DataError, match="different numbers of frames for .* segments, 'P01_00_0' first"):
+        both(store)
+
+
+def test_reading_ahead_ends_with_its_consumer():
+    before = threading.active_count()
+    endless = iter(int, 1)
+    for _ in ahead(endless):
+        break
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_an_error_ahead_is_raised_here():
+    def broken():
+        yield 1
+        raise KeyError("gone")
+
+    items = ahead(broken())
+    assert next(items) == 1
+    with pytest.raises(KeyError, match="gone"):
+        next(items)
