@@ -164,7 +164,7 @@ class PeakMemory:
 
 def measure(
     root: Path,
-    mode: str,  # "mapped", "resident" or "reference"
+    mode: str,  # "streamed", "resident" or "reference"
     batch_size: int,
     steps: int | None,  # None: the whole epoch
     cold: bool,  # drop the store from the system's file cache first; else read it into it
@@ -251,7 +251,7 @@ def hardware() -> dict:
 
 def ratios(results: list[dict]) -> list[dict]:
     "How many times longer the reference takes than the kit on the same steps, both with what they read in the file cache as far as it fits."
-    kit = {r["batch_size"]: r for r in results if r["mode"] == "mapped" and r["cache"] != "cold"}
+    kit = {r["batch_size"]: r for r in results if r["mode"] == "streamed" and r["cache"] != "cold"}
     rows = []
     for r in results:
         if r["mode"] == "reference" and (k := kit.get(r["batch_size"])):
@@ -275,9 +275,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fps", default="4", help="rows a second of video, or 'every': every frame, as released (default: 4)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 128])
-    parser.add_argument("--steps", type=int, help="steps of the mapped and the resident epoch (default: the whole epoch)")
+    parser.add_argument("--steps", type=int, help="steps of the streamed and the resident epoch (default: the whole epoch)")
     parser.add_argument("--reference-steps", type=int, default=200, help="steps of the comparison with the plain reference; 0: none")
-    parser.add_argument("--modes", nargs="+", choices=["mapped", "resident"], default=["mapped", "resident"])
+    parser.add_argument("--modes", nargs="+", choices=["streamed", "resident"], default=["streamed", "resident"])
     parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="where the store is made")
@@ -312,9 +312,9 @@ def main() -> None:
         report["index_seconds"] = time.perf_counter() - begin
         report["results"] = results = []
         for size in options.batch_sizes:
-            plan = [(mode, options.steps, mode == "mapped") for mode in options.modes]
+            plan = [(mode, options.steps, mode == "streamed") for mode in options.modes]
             if options.reference_steps:
-                plan += [("mapped", options.reference_steps, False), ("reference", options.reference_steps, False)]
+                plan += [("streamed", options.reference_steps, False), ("reference", options.reference_steps, False)]
             for mode, steps, cold in plan:
                 if mode == "resident" and needed > free_bytes(device):
                     print(f"resident, batch {size}: left out, {needed / 2**30:.0f} GiB do not fit", flush=True)
