@@ -1,4 +1,4 @@
-# make env | test | lab | lock | clean. Needs python3, make and git; everything else is installed into .venv.
+# make env | test | lab | lock | notebooks | readme | clean. Needs python3, make and git; everything else is installed into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # A tree of its own per machine: uv shares one cache between all environments.
 UV := $(BIN)/python -m uv
 
-.PHONY: env test lab lock readme clean
+.PHONY: env test lab lock notebooks readme clean
 
 env: $(READY)
 
@@ -27,6 +27,11 @@ lab: env
 
 lock: $(BIN)/python
 	$(UV) pip compile --quiet --universal --python-version 3.10 --upgrade --extra dev pyproject.toml -o requirements.lock
+
+# Runs the library notebooks, so that their figures can be seen without running them.
+notebooks: env
+	env -u MPLBACKEND jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/[0-9]*.ipynb
+	nbdev_clean
 
 readme: env
 	$(BIN)/python tests/readme.py --write

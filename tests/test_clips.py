@@ -19,8 +19,8 @@ both = pytest.mark.parametrize("backend", BACKENDS)
 SQUARE = Preprocess(size=64, resize="squash")
 
 
-def segment(name="a", start=0.0, stop=1.0, path="", start_frame=0, stop_frame=0):
-    return SimpleNamespace(segment_id=name, video_id="v", video_path=str(path), start_sec=start, stop_sec=stop, start_frame=start_frame, stop_frame=stop_frame)
+def segment(name="a", start=0.0, stop=1.0, path="", start_frame=0, stop_frame=0, video_id="v"):
+    return SimpleNamespace(segment_id=name, video_id=video_id, video_path=str(path), start_sec=start, stop_sec=stop, start_frame=start_frame, stop_frame=stop_frame)
 
 
 def info(frames=300, fps=30.0, folder=False):
@@ -287,10 +287,10 @@ def test_damaged_detections_cost_only_their_segments(path, tmp_path):
     from xmic.hands import Detections
     frames = [Detections(frame_number=i + 1).SerializeToString() for i in range(250)]
     frames[72] = b"\xff" * 9
-    (tmp_path / "v.pkl").write_bytes(pickle.dumps(frames))
-    segments = segment("a", 0.0, 1.0, path), segment("hit", 0.8, 2.0, path), segment("c", 2.0, 3.0, path)
+    (tmp_path / "P01_01.pkl").write_bytes(pickle.dumps(frames))
+    segments = [segment(name, start, stop, path, video_id="P01_01") for name, start, stop in (("a", 0.0, 1.0), ("hit", 0.8, 2.0), ("c", 2.0, 3.0))]
     _, clips, failed = gather(clip_pixels(task(*segments, views=("hand",), boxes=HandBoxes.from_epic(tmp_path))))
-    assert set(clips) == {"a", "c"} and "v.pkl: the detections of frame 73 are damaged" in failed["hit"]  # 60 a second against 25
+    assert set(clips) == {"a", "c"} and "P01_01.pkl: the detections of frame 73 are damaged" in failed["hit"]  # 60 a second against 25
 
 
 def test_in_a_worker(path, tmp_path):

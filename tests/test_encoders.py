@@ -410,7 +410,7 @@ def test_other_files(files, tmp_path):
 # --- names, tags, downloads -----------------------------------------------------------------------------------------
 
 def test_names_and_devices(files):
-    with pytest.raises(DataError, match="no model 'ViT-B16-quickgelu'; near: .*ViT-B-16-quickgelu"): create_encoder("ViT-B16-quickgelu")
+    with pytest.raises(DataError, match="no model 'ViT-B16-quickgelu'; did you mean .*'ViT-B-16-quickgelu'"): create_encoder("ViT-B16-quickgelu")
     with pytest.raises(DataError, match="neither a file nor a pretrained tag.*its tags: none"): create_encoder(QUICK, "no/such/file.pt")
     with pytest.raises(DataError, match="no weights under the tag 'openai'"): create_encoder(QUICK)
     with pytest.raises(DataError, match="laion400m_e32"): create_encoder("ViT-B-16-plus-240")

@@ -525,6 +525,18 @@ def test_fingerprints(tmp_path):
     differs(HandBoxes.from_epic(tmp_path))
 
 
+@pytest.mark.parametrize("size", [100, 2**16, 2**16 + 100, 2**17, 2**20])
+def test_fingerprints_of_files_that_keep_their_size(tmp_path, size):
+    "A changed byte within 64 KB of either end is seen; the same bytes give the same fingerprint."
+    def fingerprint(change=None):
+        content = bytearray(size)
+        if change is not None: content[change] = 1
+        (tmp_path / "P01_01.pkl").write_bytes(content)
+        return HandBoxes.from_epic(tmp_path).fingerprint
+    places = sorted({0, min(size, 2**16) - 1, max(size - 2**16, 0), size - 1})
+    assert fingerprint() == fingerprint() and len({fingerprint(), *map(fingerprint, places)}) == 1 + len(places)
+
+
 def test_a_corrected_file_of_boxes_is_read_anew(tmp_path):
     "Even one that has kept its size."
     path = tmp_path / "boxes.csv"

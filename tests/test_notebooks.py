@@ -15,7 +15,7 @@ from xmic.features import ExtractConfig
 from xmic.training import EvaluateConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 RUN = {"extract": ExtractConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
 
 

@@ -62,7 +62,17 @@ class ZeroShot(nn.Module):
                ) -> Tensor:  # (B, C)
         return cosine_logits(classes.text, None, video_embedding(batch.video, self.normalize_frames), self.logit_scale.exp())
 
-# %% ../nbs/12_adapter.ipynb #5c3785e8
+# %% ../nbs/12_adapter.ipynb #6a2af635
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise DataError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, allowed))}")
+
+
+def _mean_map(maps: list[Tensor]) -> Tensor:  # (B, S, S) from one (B, heads, S, S) for each layer
+    "One attention map: the mean over layers and heads."
+    return torch.stack([m.mean(1) for m in maps]).mean(0)
+
+# %% ../nbs/12_adapter.ipynb #9692ce23
 class EgoSpatioTemporalAttention(nn.Module):
     "From the views of all frames to one vector per video (Eq. 2 and 3)."
 
@@ -78,10 +88,9 @@ class EgoSpatioTemporalAttention(nn.Module):
                  pool: str = "mean",  # over the tokens at the end: "mean" or "max"
                 ):
         super().__init__()
-        for name, value, allowed in [("merge", merge, ("mean", "concat")), ("pool", pool, ("mean", "max")),
-                                     ("positions", positions, ("time", "none", "as released"))]:
-            if value not in allowed:
-                raise DataError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, allowed))}")
+        _check_choice("merge", merge, ("mean", "concat"))
+        _check_choice("pool", pool, ("mean", "max"))
+        _check_choice("positions", positions, ("time", "none", "as released"))
         if width % heads:
             raise DataError(f"heads={heads} does not divide the width {width} of the conditioning features")
         self.frames, self.merge, self.positions, self.pool = frames, merge, positions, pool
@@ -119,15 +128,24 @@ class EgoSpatioTemporalAttention(nn.Module):
                  ) -> dict[str, Tensor]:  # "spatial" (B, T, V, V) and "temporal" (B, S, S), means over layers and heads
         "Where the adapter looks: between the views of each frame, and along time."
         b, t, v, d = x.shape
-        mean = lambda maps: torch.stack([m.mean(1) for m in maps]).mean(0)
         maps = {}
         if v > 1 and len(self.spatial.resblocks):
-            maps["spatial"] = mean(self.spatial.attention(x.reshape(b * t, v, d))).view(b, t, v, v)
+            maps["spatial"] = _mean_map(self.spatial.attention(x.reshape(b * t, v, d))).view(b, t, v, v)
         if len(self.temporal.resblocks):
-            maps["temporal"] = mean(self.temporal.attention(self.tokens(x)))
+            maps["temporal"] = _mean_map(self.temporal.attention(self.tokens(x)))
         return maps
 
-# %% ../nbs/12_adapter.ipynb #e4ce3907
+# %% ../nbs/12_adapter.ipynb #9a557dba
+def _into_clip_space(
+    width: int,  # d
+    dim: int,  # D
+    post_mlp: bool,
+) -> nn.Module:  # (..., d) -> (..., D)
+    if post_mlp:
+        return nn.Sequential(nn.Linear(width, width // 16), nn.ReLU(), nn.Linear(width // 16, dim), nn.ReLU())
+    return nn.Identity() if width == dim else nn.Linear(width, dim)
+
+# %% ../nbs/12_adapter.ipynb #a13a9cba
 class XMIC(nn.Module):
     "Cross-modal instance conditioning: class texts plus one vector per video, against the frozen video embedding (Eq. 1)."
 
@@ -157,10 +175,7 @@ class XMIC(nn.Module):
         self.normalize_frames = normalize_frames
         self.adapter = EgoSpatioTemporalAttention(width, frames, spatial_layers, temporal_layers, heads,
                                                   merge=merge, positions=positions, pool=pool)
-        if post_mlp:
-            self.mlp = nn.Sequential(nn.Linear(width, width // 16), nn.ReLU(), nn.Linear(width // 16, dim), nn.ReLU())
-        else:
-            self.mlp = nn.Identity() if width == dim else nn.Linear(width, dim)
+        self.mlp = _into_clip_space(width, dim, post_mlp)
         self.scale = nn.Parameter(torch.tensor(float(scale)), requires_grad=train_scale)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(logit_scale)), requires_grad=train_logit_scale)
 

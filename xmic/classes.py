@@ -78,7 +78,7 @@ def _kind_of(
         raise DataError(f"{path}: the file name does not say noun or verb; pass kind='noun' or kind='verb'")
     return said
 
-# %% ../nbs/01_classes.ipynb #179b56f4
+# %% ../nbs/01_classes.ipynb #2d687ee8
 def _epic_keys(path: str | Path) -> list[str]:
     table = read_table(path, ["id", "key"])
     return _in_label_order(list(table["key"]), list(table["id"]), path)
@@ -88,6 +88,13 @@ def _egtea_keys(path: str | Path) -> list[str]:
     lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     keys, ids = zip(*[line.rpartition(" ")[::2] for line in lines]) if lines else ((), ())
     return _in_label_order([key.strip() for key in keys], list(ids), path, first=1)
+
+
+def _own_keys(names: Iterable[str], kind: str) -> list[str]:
+    keys = [str(name).strip() for name in ([names] if isinstance(names, str) else names)]
+    if empty := [f"name {place}" for place, key in enumerate(keys, 1) if not key] or ["the list is empty"] * (not keys):
+        raise DataError.rows(f"{kind} classes need names", empty)
+    return keys
 
 # %% ../nbs/01_classes.ipynb #812b1892
 def _ego4d_keys(
@@ -134,7 +141,17 @@ def _labels(
                              [f"row {row + 1}: {found[codes[row]]!r}{hints[codes[row]]}" for row in np.flatnonzero(labels == -2)])
     return labels
 
-# %% ../nbs/01_classes.ipynb #3aaf86a4
+# %% ../nbs/01_classes.ipynb #e5abc1df
+def _prompt(
+    template: str,  # with one gap {}
+    name: str,  # "" closes the gap
+) -> str:
+    "The template with the name in its gap; `DataError` unless it has exactly one."
+    if template.count("{}") != 1:
+        raise DataError(f"the prompt template {template!r} needs exactly one {{}} for the class name")
+    return template.replace("{}", name) if name else " ".join(template.replace("{}", " ").split())
+
+# %% ../nbs/01_classes.ipynb #d73c97e6
 @dataclass(frozen=True, repr=False)
 class ClassSet:
     "The nouns or verbs of one dataset, in label order."
@@ -171,9 +188,7 @@ class ClassSet:
     @classmethod
     def from_names(cls, names: Iterable[str], kind: str = "noun") -> "ClassSet":
         "From your own names, used as they are but for spaces around them; `DataError` where one is empty or stands twice."
-        keys = [str(name).strip() for name in ([names] if isinstance(names, str) else names)]
-        if empty := [f"name {place}" for place, key in enumerate(keys, 1) if not key] or ["the list is empty"] * (not keys):
-            raise DataError.rows(f"{kind} classes need names", empty)
+        keys = _own_keys(names, kind)
         return cls(keys, keys, kind)
 
     def __len__(self) -> int:
@@ -184,9 +199,7 @@ class ClassSet:
 
     def prompts(self, template: str = "{}") -> list[str]:
         "One prompt for each class; `template` has one gap `{}` for the name, and an empty name closes it."
-        if template.count("{}") != 1:
-            raise DataError(f"the prompt template {template!r} needs exactly one {{}} for the class name")
-        return [template.replace("{}", name) if name else " ".join(template.replace("{}", " ").split()) for name in self.names]
+        return [_prompt(template, name) for name in self.names]
 
     def shared_with(self, other: "ClassSet") -> tuple[np.ndarray, np.ndarray]:
         "Labels of this set's classes whose cleaned name `other` has too, and of those it has not: two int64 arrays."

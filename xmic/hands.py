@@ -6,10 +6,9 @@
 __all__ = ['Box', 'Detections', 'Hand', 'Object', 'centre', 'union_box', 'PlainUnpickler', 'unpickle', 'EpicHands',
            'read_epic_hands', 'ArrayUnpickler', 'read_100doh', 'read_boxes', 'HandBoxes']
 
-# %% ../nbs/05_hands.ipynb #51d97dd6
+# %% ../nbs/05_hands.ipynb #92ae36b8
 import hashlib
 import math
-import os
 import pickle
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +20,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from .files import DataError, read_table
+from .segments import epic_frame_rate
 from .video import VideoInfo
 
 # %% ../nbs/05_hands.ipynb #5eed1d14
@@ -94,7 +94,7 @@ def unpickle(
     except Exception as e:
         raise DataError(f"{path}: not readable as a pickle of plain data ({type(e).__name__}: {str(e)[:200]})") from None
 
-# %% ../nbs/05_hands.ipynb #6c414865
+# %% ../nbs/05_hands.ipynb #470b4204
 def _detections_class() -> type:
     "The message class of EPIC's detections, built from its description."
     file = descriptor_pb2.FileDescriptorProto(name="xmic_detections.proto", package="xmic", syntax="proto3")
@@ -119,7 +119,7 @@ def _detections_class() -> type:
 
 Detections = _detections_class()
 
-
+# %% ../nbs/05_hands.ipynb #750fe815
 class EpicHands(Sequence):
     "The detections of a video of EPIC-KITCHENS, parsed frame by frame as they are asked for; item i is official frame i + 1."
 
@@ -253,7 +253,59 @@ def read_boxes(
         raise DataError.rows(f"{path}: expected a frame number, once for each segment, and left <= right, top <= bottom", wrong)
     return boxes
 
-# %% ../nbs/05_hands.ipynb #4fd30bc8
+# %% ../nbs/05_hands.ipynb #2bbea8fe
+def _nearest(boxes: dict[int, Box | None], number: int, max_gap: int) -> Box | None:
+    "The entry of a frame, or of the nearest frame that has one, `max_gap` frames away at most."
+    if number in boxes or not boxes or not max_gap:
+        return boxes.get(number)
+    near = min(boxes, key=lambda n: (abs(n - number), n))
+    return boxes[near] if abs(near - number) <= max_gap else None
+
+
+def _on_frame(box: Box, scale: tuple[float, float], width: int, height: int) -> tuple[int, int, int, int] | None:
+    "A box in pixels, cut to the frame; None where a pixel or less is left."
+    left, top, right, bottom = (round(v * s) for v, s in zip(box, scale * 2))
+    left, top, right, bottom = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
+    return (left, top, right, bottom) if right - left > 1 and bottom - top > 1 else None
+
+# %% ../nbs/05_hands.ipynb #5de43a59
+@lru_cache(maxsize=2)
+def _ready(path: str) -> dict[str, dict[int, Box | None]]:
+    return read_boxes(path)
+
+
+def _detection_folder(folder: str | Path) -> str:
+    if next(Path(folder).rglob("*.pkl"), None) is None:
+        raise DataError(f"{folder} holds no detections: expected a folder with <video>.pkl files in it")
+    return str(folder)
+
+
+@lru_cache(maxsize=3)
+def _detections(source: str, folder: str, video_id: str) -> Any:
+    "What was detected in a video; None where there is no file for it."
+    person = video_id.split("_")[0]
+    places = [Path(folder, *parts, f"{video_id}.pkl") for parts in ((person,), (person, "hand-objects"), ())]
+    path = next((p for p in places if p.is_file()), None)
+    if path is None:
+        return None
+    return read_epic_hands(path) if source == "epic" else read_100doh(path)
+
+# %% ../nbs/05_hands.ipynb #1c6a39ab
+def _content(place: Path) -> Any:
+    "What tells boxes apart: all bytes of a file, or name, size and ends of each pickle in a folder."
+    if place.is_file():
+        return hashlib.sha256(place.read_bytes()).hexdigest()
+    return [(str(f.relative_to(place)), f.stat().st_size, _ends(f)) for f in sorted(place.rglob("*.pkl"))]
+
+
+def _ends(path: Path, length: int = 2**16) -> str:
+    "SHA-1 of the first and the last `length` bytes."
+    with open(path, "rb") as f:
+        first = f.read(length)
+        f.seek(max(f.seek(0, 2) - length, len(first)))
+        return hashlib.sha1(first + f.read()).hexdigest()
+
+# %% ../nbs/05_hands.ipynb #e419afb4
 @dataclass(frozen=True)
 class HandBoxes:
     "Boxes around the hands and what they touch, for the frames of any segment."
@@ -269,7 +321,7 @@ class HandBoxes:
     relative: bool = False  # the smallest number belongs to the segment's first frame, as in the release's boxes for Ego4D
 
     def __post_init__(self):
-        for cache in (_ready, _detections, _detected): cache.cache_clear()  # the files may have been replaced
+        for cache in (_ready, _detections, _detected): cache.cache_clear()
 
     @classmethod
     def from_epic(cls, folder: str | Path, hand_threshold: float = 0.8, object_threshold: float = 0.01, max_gap: int = 0) -> "HandBoxes":
@@ -290,14 +342,9 @@ class HandBoxes:
 
     @property
     def fingerprint(self) -> str:
-        "Differs where boxes would: the settings, and the content of a file of boxes, or names and sizes of all files of a folder."
-        place = Path(self.place)
-        if place.is_file():
-            listed = hashlib.sha256(place.read_bytes()).hexdigest()
-        else:
-            listed = [(str(f.relative_to(place)), f.stat().st_size) for f in sorted(place.rglob("*.pkl"))]
+        "Differs where boxes would: the settings and the files. Of a folder's files the first and last 64 KB are looked at."
         settings = (self.source, self.hand_threshold, self.object_threshold, self.max_gap, self.first_frame, self.official_rate, self.size, self.relative)
-        return f"{self.source}-{hashlib.sha256(repr((settings, listed)).encode()).hexdigest()[:12]}"
+        return f"{self.source}-{hashlib.sha256(repr((settings, _content(Path(self.place)))).encode()).hexdigest()[:12]}"
 
     def for_segment(self, segment: Any) -> dict[int, Box | None]:
         "The boxes of a segment by frame number, where they are ready; {} where none are."
@@ -312,7 +359,7 @@ class HandBoxes:
             height: int,
            ) -> tuple[int, int, int, int] | None:  # pixels of the decoded frame; None: the whole frame
         "The box of one decoded frame."
-        rate = _official_rate(segment.video_id) if self.official_rate and not info.folder else info.fps
+        rate = epic_frame_rate(segment.video_id) if self.official_rate and not info.folder else info.fps
         number = math.floor(index * rate / info.fps + 1e-6) + self.first_frame
         if self.source == "boxes":
             boxes = self.for_segment(segment)
@@ -320,51 +367,11 @@ class HandBoxes:
                 number = min(boxes) + index - round(segment.start_sec * info.fps)
             box = _nearest(boxes, number, self.max_gap)
         else:
-            near = [number, *(number + sign * gap for gap in range(1, self.max_gap + 1) for sign in (-1, 1))]
-            box = next((b for n in near if (b := _detected(self, segment.video_id, n))), None)
-        if box is None:
-            return None
-        scale_x, scale_y = (width, height) if self.source == "epic" else (
-            (width / self.size[0], height / self.size[1]) if self.size else (1, 1))
-        left, top, right, bottom = (round(v * s) for v, s in zip(box, (scale_x, scale_y) * 2))
-        left, top, right, bottom = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
-        return (left, top, right, bottom) if right - left > 1 and bottom - top > 1 else None
+            box = _near_detected(self, segment.video_id, number)
+        scale = (width, height) if self.source == "epic" else (width / self.size[0], height / self.size[1]) if self.size else (1, 1)
+        return box and _on_frame(box, scale, width, height)
 
-# %% ../nbs/05_hands.ipynb #d253ce4e
-@lru_cache(maxsize=2)
-def _ready(path: str) -> dict[str, dict[int, Box | None]]:
-    return read_boxes(path)
-
-
-def _detection_folder(folder: str | Path) -> str:
-    if next(Path(folder).rglob("*.pkl"), None) is None:
-        raise DataError(f"{folder} holds no detections: expected a folder with <video>.pkl files in it")
-    return str(folder)
-
-
-def _nearest(boxes: dict[int, Box | None], number: int, max_gap: int) -> Box | None:
-    if number in boxes or not boxes or not max_gap:
-        return boxes.get(number)
-    near = min(boxes, key=lambda n: (abs(n - number), n))
-    return boxes[near] if abs(near - number) <= max_gap else None
-
-
-def _official_rate(video_id: str) -> int:
-    "EPIC-KITCHENS numbers frames at 60 a second, videos of the extension (three digits) at 50."
-    return 50 if len(video_id.split("_")[-1]) == 3 else 60
-
-
-@lru_cache(maxsize=3)
-def _detections(source: str, folder: str, video_id: str) -> Any:
-    "What was detected in a video; None where there is no file for it."
-    person = video_id.split("_")[0]
-    places = [Path(folder, *parts, f"{video_id}.pkl") for parts in ((person,), (person, "hand-objects"), ())]
-    path = next((p for p in places if p.is_file()), None)
-    if path is None:
-        return None
-    return read_epic_hands(path) if source == "epic" else read_100doh(path)
-
-
+# %% ../nbs/05_hands.ipynb #82318b1a
 @lru_cache(maxsize=4096)
 def _detected(boxes: HandBoxes, video_id: str, number: int) -> Box | None:
     found = _detections(boxes.source, boxes.place, video_id)
@@ -374,3 +381,9 @@ def _detected(boxes: HandBoxes, video_id: str, number: int) -> Box | None:
     except (IndexError, KeyError):
         return None
     return union_box(hands, objects, boxes.hand_threshold, boxes.object_threshold)
+
+
+def _near_detected(boxes: HandBoxes, video_id: str, number: int) -> Box | None:
+    "The box of the nearest frame in which a hand was detected, `max_gap` frames away at most."
+    near = [number, *(number + sign * gap for gap in range(1, boxes.max_gap + 1) for sign in (-1, 1))]
+    return next((box for n in near if (box := _detected(boxes, video_id, n))), None)

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['Recognition', 'Recognizer']
 
-# %% ../nbs/16_recognizer.ipynb #f699e75d
+# %% ../nbs/16_recognizer.ipynb #b72ba406
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Mapping, Sequence
+from typing import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from .adapter import ZeroShot
 from .classes import ClassSet
@@ -25,7 +25,7 @@ from .files import DataError, read_json, settings, whole_file, write_json
 from .hands import HandBoxes
 from .streams import Batch
 from .training import TrainConfig, build_method
-from .video import frame_indices, frame_times, probe, read_frames
+from .video import VideoInfo, frame_indices, frame_times, probe, read_frames
 
 # %% ../nbs/16_recognizer.ipynb #befb0727
 @dataclass
@@ -56,7 +56,64 @@ class Recognition:
                 lines.append(f"{kind}: " + ", ".join(f"{r.name} {r.score:.1f} %" for r in table.itertuples(index=False)))
         return "\n".join(lines)
 
-# %% ../nbs/16_recognizer.ipynb #810144af
+# %% ../nbs/16_recognizer.ipynb #9dd86d6f
+def _stretch(video: str | Path, info: VideoInfo, start: float | None, stop: float | None) -> SimpleNamespace:
+    "The stretch as a segment; `DataError` if the video has no such stretch."
+    begin, end = 0.0 if start is None else start, info.duration if stop is None else stop
+    if not 0 <= begin < end or begin >= info.duration:
+        raise DataError(f"{video}: from {begin:g} to {end:g} s is no stretch of a video of {info.duration:.2f} s")
+    name, end = Path(video).stem, min(end, info.duration)
+    return SimpleNamespace(segment_id=name, video_id=name, start_sec=begin, stop_sec=end,
+                           start_frame=int(begin * info.fps) + 1, stop_frame=int(end * info.fps) + 1)
+
+# %% ../nbs/16_recognizer.ipynb #2d698e60
+@dataclass
+class _Frames:
+    "Sampled frames, and the hand box of each."
+
+    numbers: list[int]
+    images: np.ndarray  # (T, H, W, 3) uint8
+    boxes: list  # None: the whole frame
+
+    @classmethod
+    def read(cls, video: str | Path, segment: SimpleNamespace, info: VideoInfo, numbers: np.ndarray, boxes: HandBoxes | None, backend: str) -> "_Frames":
+        images = read_frames(video, numbers, backend)
+        height, width = images.shape[1:3]
+        return cls(numbers.tolist(), images, [boxes.box(segment, int(n), info, width, height) if boxes else None for n in numbers])
+
+    def encode(self, encoder: Encoder, view: str) -> Tensor:  # (1, T, D)
+        return encoder.encode_frames(self.images, boxes=self.boxes if view == "hand" else None)[None]
+
+# %% ../nbs/16_recognizer.ipynb #8bac18f3
+_Saved = dict[str, tuple[TrainConfig, Path]]  # "noun", "verb" -> how the adapter was trained, and its weights
+
+
+def _saved(folder: Path) -> _Saved:
+    kept = read_json(folder / "config.json")
+    if "adapters" in kept:
+        return {kind: (settings(TrainConfig, c), folder / f"{kind}.safetensors") for kind, c in kept["adapters"].items()}
+    run = settings(TrainConfig, kept)
+    return {kind: (run, folder / "model.safetensors") for kind in (["noun", "verb"] if run.labels == "both" else [run.labels])}
+
+
+def _one_encoder(folder: Path, saved: _Saved) -> TrainConfig:
+    "A config whose encoders are those of all adapters; `DataError` where they differ."
+    configs = [config for config, _ in saved.values()]
+    for name in ("encoder", "weights", "context_encoder", "context_weights"):
+        if len({getattr(c, name) for c in configs}) != 1:
+            raise DataError(f"{folder}: its adapters were trained with different settings of {name}; load them one by one")
+    return configs[0]
+
+# %% ../nbs/16_recognizer.ipynb #dc517228
+def _notes(frames: _Frames, zero_shot: list[str], encoder: Encoder) -> list[str]:
+    boxed = sum(box is not None for box in frames.boxes)
+    notes = [f"hand crops in {boxed} of {len(frames.boxes)} frames" if boxed else "no hand boxes: whole frames in place of hand crops"]
+    notes += [f"{kind}s without a trained adapter: zero-shot" for kind in zero_shot]
+    if encoder.weights == "random":
+        notes.append("RANDOM encoder weights: the answer means nothing")
+    return notes
+
+# %% ../nbs/16_recognizer.ipynb #20178ece
 class Recognizer:
     "A frozen CLIP with trained adapters, for videos and class lists of any kind."
 
@@ -79,26 +136,17 @@ class Recognizer:
                        ) -> "Recognizer":
         "Loads the adapters of a folder and the encoder that they were trained with. Raises `DataError` if it holds none."
         folder = Path(folder)
-        kept = read_json(folder / "config.json")
-        if "adapters" in kept:
-            files = {kind: (settings(TrainConfig, c), folder / f"{kind}.safetensors") for kind, c in kept["adapters"].items()}
-        else:
-            run = settings(TrainConfig, kept)
-            kinds = ["noun", "verb"] if run.labels == "both" else [run.labels]
-            files = {kind: (run, folder / "model.safetensors") for kind in kinds}
-        configs = [config for config, _ in files.values()]
-        for name in ("encoder", "weights", "context_encoder", "context_weights"):
-            if len({getattr(c, name) for c in configs}) != 1:
-                raise DataError(f"{folder}: its adapters were trained with different settings of {name}; load them one by one")
-        encoder = create_encoder(configs[0].encoder, weights or configs[0].weights, device)
-        context = create_encoder(configs[0].context_encoder, configs[0].context_weights, device) if configs[0].context_encoder else encoder
+        saved = _saved(folder)
+        trained = _one_encoder(folder, saved)
+        encoder = create_encoder(trained.encoder, weights or trained.weights, device)
+        context = create_encoder(trained.context_encoder, trained.context_weights, device) if trained.context_encoder else encoder
         methods = {}
-        for kind, (config, path) in files.items():
+        for kind, (config, path) in saved.items():
             if not path.is_file():
                 raise DataError(f"{path}: no such file; {folder} is neither a finished run nor a saved recognizer")
             methods[kind] = build_method(config, encoder.dim, context.dim, float(encoder.logit_scale))
             methods[kind].load_state_dict(load_file(path))
-        return cls(encoder, methods, {kind: config for kind, (config, _) in files.items()}, context)
+        return cls(encoder, methods, {kind: config for kind, (config, _) in saved.items()}, context)
 
     def save_pretrained(self,
                         folder: str | Path,
@@ -126,55 +174,31 @@ class Recognizer:
         if not classes:
             raise DataError("give a list of nouns, of verbs, or both")
         info = probe(video, backend)
-        begin, end = 0.0 if start is None else start, info.duration if stop is None else stop
-        if not 0 <= begin < end or begin >= info.duration:
-            raise DataError(f"{video}: from {begin:g} to {end:g} s is no stretch of a video of {info.duration:.2f} s")
-        name = Path(video).stem
-        segment = SimpleNamespace(segment_id=name, video_id=name, start_sec=begin, stop_sec=min(end, info.duration),
-                                  start_frame=int(begin * info.fps) + 1, stop_frame=int(min(end, info.duration) * info.fps) + 1)
-        times = None if info.folder else frame_times(video, backend)
-        every, found = wanted_frames(info, segment, times=times), {}
-        crops_made: dict[int, tuple] = {}
+        segment = _stretch(video, info, start, stop)
+        every = wanted_frames(info, segment, times=None if info.folder else frame_times(video, backend))
+        tables: dict[str, pd.DataFrame] = {}
+        looked: dict[int, _Frames] = {}  # by how many: nouns and verbs may have been trained with different numbers of frames
         for kind, names in classes.items():
-            found[kind] = self._recognise(kind, names, video, info, segment, every, boxes, backend, top, crops_made)
-        notes = self._notes(classes, crops_made)
-        frames = next(iter(crops_made.values()))[0]
-        return Recognition(found.get("noun"), found.get("verb"), begin, segment.stop_sec, frames, notes)
+            config = self.configs.get(kind, TrainConfig())
+            if config.frames not in looked:
+                numbers = every[frame_indices(0, len(every), config.frames)]
+                looked[config.frames] = _Frames.read(video, segment, info, numbers, boxes, backend)
+            tables[kind] = self._scores(kind, names, config, looked[config.frames]).head(top)
+        first = next(iter(looked.values()))
+        notes = _notes(first, [kind for kind in classes if kind not in self.methods], self.encoder)
+        return Recognition(tables.get("noun"), tables.get("verb"), segment.start_sec, segment.stop_sec, first.numbers, notes)
 
-    def _recognise(self, kind: str, names: ClassSet, video, info, segment, every: np.ndarray, boxes, backend: str, top: int,
-                   read: dict[int, tuple]) -> pd.DataFrame:
-        "Scores of one kind of names; `read` keeps the frames and boxes for the next kind."
-        config = self.configs.get(kind, TrainConfig())
-        t = config.frames
-        if t not in read:
-            frames = every[frame_indices(0, len(every), t)]
-            images = read_frames(video, frames, backend)
-            height, width = images.shape[1:3]
-            found = [boxes.box(segment, int(f), info, width, height) if boxes else None for f in frames]
-            read[t] = (frames.tolist(), images, found)
-        _, images, found = read[t]
-        view = lambda encoder, name: encoder.encode_frames(images, boxes=found if name == "hand" else None)[None]
-        classified = view(self.encoder, config.classified_view or "full")
+    def _scores(self, kind: str, names: ClassSet, config: TrainConfig, frames: _Frames) -> pd.DataFrame:
+        "All names of one kind, the best first."
+        classified = frames.encode(self.encoder, config.classified_view or "full")
         text = embed_classes(self.encoder, names.prompts(config.template))
         score = lambda method, batch: method(batch, text).softmax(-1)[0].double().cpu().numpy() * 100
         with torch.inference_mode():
-            plain = score(self.zero_shot, Batch(classified))
-            method = self.methods.get(kind)
-            if method is None:
-                adapted = plain
-            elif config.method == "zero_shot":
-                adapted = score(method, Batch(classified))
-            else:
-                context = torch.stack([view(self.context, v) for v in config.context_views], dim=2)
-                adapted = score(method, Batch(classified, context))
+            batch = Batch(classified)
+            adapted = plain = score(self.zero_shot, batch)
+            if kind in self.methods:
+                if config.method != "zero_shot":
+                    batch = Batch(classified, torch.stack([frames.encode(self.context, v) for v in config.context_views], dim=2))
+                adapted = score(self.methods[kind], batch)
         table = pd.DataFrame(dict(name=names.names, score=adapted, zero_shot=plain))
-        return table.sort_values("score", ascending=False, kind="stable", ignore_index=True).head(top)
-
-    def _notes(self, classes: Mapping[str, ClassSet], read: dict[int, tuple]) -> list[str]:
-        found = next(iter(read.values()))[2]
-        boxed = sum(box is not None for box in found)
-        notes = [f"hand crops in {boxed} of {len(found)} frames" if boxed else "no hand boxes: whole frames in place of hand crops"]
-        notes += [f"{kind}s without a trained adapter: zero-shot" for kind in classes if kind not in self.methods]
-        if self.encoder.weights == "random":
-            notes.append("RANDOM encoder weights: the answer means nothing")
-        return notes
+        return table.sort_values("score", ascending=False, kind="stable", ignore_index=True)

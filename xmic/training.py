@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'METHODS', 'SELECTIONS', 'TrainConfig', 'resolve', 'learning_rate', 'build_method', 'Split', 'dataset_root',
-           'RunData', 'Trainer', 'RunResult', 'run_name', 'run_folder', 'provenance', 'pick_device', 'peak_memory',
-           'held_out_videos', 'Selection', 'evaluate', 'train', 'EvaluateConfig', 'evaluate_run']
+           'RunData', 'loss_and_right', 'Trainer', 'RunResult', 'run_name', 'run_folder', 'provenance', 'pick_device',
+           'peak_memory', 'held_out_videos', 'Selection', 'evaluate', 'train', 'EvaluateConfig', 'evaluate_run']
 
-# %% ../nbs/14_training.ipynb #55e7ffa1
+# %% ../nbs/14_training.ipynb #8895865f
 import hashlib
 import json
-import os
 import platform
 import resource
 import subprocess
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from .adapter import XMIC, ZeroShot, trained_parameters
 from .classes import ClassSet
 from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_classes
 from .evaluation import harmonic_means, predict, split_logits, sum_classes, summarise
-from .features import FeatureStore, dataset_store
+from .features import FeatureStore, StoredView, Timed, dataset_store
 from .files import DataError, did_you_mean, from_root, project_root, read_json, settings, whole_file, write_json
 from .segments import central_window, read_classes, read_segments
 from .streams import Streams, sample_rows, shift_twice
@@ -109,35 +108,30 @@ class TrainConfig:
     resident: bool | None = None  # features on the device; None: where they fit
     progress: bool = True
 
-# %% ../nbs/14_training.ipynb #c3e940c1
-def resolve(
-    config: TrainConfig,
-) -> TrainConfig:  # without None in the recipe's fields
-    "Fills in the recipe's values and checks the settings. Raises one `DataError` that lists every fault."
-    faults = []
+# %% ../nbs/14_training.ipynb #e8d89945
+_CHOICES: dict[str, tuple[str, ...]] = dict(
+    recipe=tuple(RECIPES), dataset=("epic", "ego4d", "egtea", "csv"), labels=("noun", "verb", "both"), method=METHODS, selection=SELECTIONS,
+    classified_view=("hand", "full"), precision=("auto", "fp32", "bf16"), encoder_precision=("auto", "fp32", "bf16"),
+    resize=("shortest", "squash", "as released"))
 
-    def one_of(name: str, allowed) -> None:
+
+def _field_faults(config: TrainConfig) -> list[str]:
+    faults = []
+    for name, allowed in _CHOICES.items():
         value = getattr(config, name)
         if value not in allowed:
             faults.append(f"{name}={value!r} is unknown: {', '.join(map(repr, allowed))}" + did_you_mean(value, allowed))
-
-    one_of("recipe", list(RECIPES))
-    recipe = RECIPES.get(config.recipe, RECIPES["release"])
-    config = replace(config, **{k: v for k, v in recipe.items() if getattr(config, k) is None})
-    one_of("dataset", ["epic", "ego4d", "egtea", "csv"])
-    one_of("labels", ["noun", "verb", "both"])
-    one_of("method", METHODS)
-    one_of("selection", SELECTIONS)
-    one_of("classified_view", ["hand", "full"])
-    one_of("precision", ["auto", "fp32", "bf16"])
-    one_of("encoder_precision", ["auto", "fp32", "bf16"])
-    one_of("resize", ["shortest", "squash", "as released"])
     for name in ("frames", "epochs", "batch_size"):
         if getattr(config, name) < 1:
             faults.append(f"{name}={getattr(config, name)} must be at least 1")
     for name in ("lr", "weight_decay", "warmup_epochs", "central_seconds"):
         if getattr(config, name) < 0:
             faults.append(f"{name}={getattr(config, name)} must not be negative")
+    return faults
+
+# %% ../nbs/14_training.ipynb #1596c5a9
+def _contradictions(config: TrainConfig) -> list[str]:
+    faults = []
     if config.template.count("{}") != 1:
         faults.append(f"template={config.template!r} must contain {{}} once, where the class name goes")
     if config.method == "xmic" and not config.context_views:
@@ -155,7 +149,16 @@ def resolve(
         faults.append("double_shift is a rule of the release for Ego4D, which takes no part in this run")
     if config.method == "zero_shot" and config.context_encoder:
         faults.append("zero_shot has no conditioning stream: leave context_encoder out")
-    if faults:
+    return faults
+
+# %% ../nbs/14_training.ipynb #923f3d7a
+def resolve(
+    config: TrainConfig,
+) -> TrainConfig:  # without None in the recipe's fields
+    "Fills in the recipe's values and checks the settings. Raises one `DataError` that lists every fault."
+    recipe = RECIPES.get(config.recipe, RECIPES["release"])
+    config = replace(config, **{k: v for k, v in recipe.items() if getattr(config, k) is None})
+    if faults := _field_faults(config) + _contradictions(config):
         raise DataError("these settings cannot be run:\n  " + "\n  ".join(faults))
     return config
 
@@ -185,7 +188,7 @@ def build_method(
         "frames", "spatial_layers", "temporal_layers", "heads", "merge", "positions", "pool", "post_mlp", "scale",
         "train_scale", "norm_input", "norm_vector", "norm_text", "normalize_frames", "train_logit_scale")})
 
-# %% ../nbs/14_training.ipynb #8978661a
+# %% ../nbs/14_training.ipynb #92605f7a
 @dataclass
 class Split:
     "The segments of one dataset that a run trains or is evaluated on."
@@ -208,7 +211,7 @@ class Split:
             return rows, None
         return rows, shift_twice(rows, self.start, self.stop, self.streams.lengths, rng is not None, rng)
 
-
+# %% ../nbs/14_training.ipynb #3333f609
 def dataset_root(
     config: TrainConfig,
     dataset: str,
@@ -220,7 +223,16 @@ def dataset_root(
         return from_root(config.target_roots[dataset])
     return dataset_root(config, config.dataset).parent / dataset
 
-# %% ../nbs/14_training.ipynb #31f4f7a9
+
+def _with_features(segments: pd.DataFrame, views: list[StoredView], dataset: str, split: str) -> pd.DataFrame:
+    "The segments that all views hold; `DataError` if there is none."
+    held = segments.segment_id.map(lambda s: all(s in v.place for v in views)).to_numpy(bool)
+    if not held.any():
+        raise DataError(f"none of the {len(segments):,} {split} segments of {dataset} has features in {views[0].folder.parent}: "
+                        f"run nbs/extract.ipynb with dataset={dataset!r} and these encoders and views first")
+    return segments[held].reset_index(drop=True)
+
+# %% ../nbs/14_training.ipynb #3f74840a
 class RunData:
     "Everything that a run reads: encoders, class sets, class embeddings, segments and features."
 
@@ -257,11 +269,7 @@ class RunData:
         segments = read_segments(dataset, dataset_root(c, dataset), split)
         video = self.store(self.encoder, dataset).view(c.classified_view)
         context = [self.store(self.context, dataset).view(v) for v in c.context_views] if c.method != "zero_shot" else []
-        held = segments.segment_id.map(lambda s: all(s in v.place for v in [video, *context])).to_numpy(bool)
-        if not held.any():
-            raise DataError(f"none of the {len(segments):,} {split} segments of {dataset} has features in {video.folder.parent}: "
-                            f"run nbs/extract.ipynb with dataset={dataset!r} and these encoders and views first")
-        found = segments[held].reset_index(drop=True)
+        found = _with_features(segments, [video, *context], dataset, split)
         labels = {k: self.classes[dataset][k].labels(found[k]) for k in self.kinds}
         streams = Streams(video, context, found.segment_id.tolist(), self.device, c.resident)
         seconds = c.central_seconds if dataset == "ego4d" and c.central_seconds else None
@@ -274,7 +282,17 @@ class RunData:
             torch.manual_seed(self.config.seed)
             return build_method(self.config, self.encoder.dim, self.context.dim, float(self.encoder.logit_scale))
 
-# %% ../nbs/14_training.ipynb #cb3f39bd
+# %% ../nbs/14_training.ipynb #73766d5f
+def loss_and_right(
+    logits: dict[str, Tensor],  # by kind: (B, C)
+    labels: dict[str, Tensor],  # by kind: (B,)
+) -> tuple[Tensor, Tensor]:
+    "Cross-entropy, added over nouns and verbs, and the number of segments that are right in all of them."
+    loss = sum(F.cross_entropy(logits[k], labels[k]) for k in logits)
+    right = torch.stack([logits[k].detach().argmax(-1) == labels[k] for k in logits]).all(0)
+    return loss, right.sum()
+
+# %% ../nbs/14_training.ipynb #81fd8096
 @dataclass
 class Trainer:
     "A method, its optimiser, and what it is trained on."
@@ -306,16 +324,15 @@ class Trainer:
         "Forward, backward and update for one batch; the losses of nouns and verbs are added."
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
             logits = split_logits(self.method(batch, self.both), self.text)
-        loss = sum(F.cross_entropy(logits[k], labels[k]) for k in logits)
+        loss, right = loss_and_right(logits, labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        right = torch.stack([logits[k].detach().argmax(-1) == labels[k] for k in logits]).all(0)
-        return loss.detach(), right.sum()
+        return loss.detach(), right
 
     def run_epoch(self) -> dict:
         "Trains one epoch and returns its line of the history."
-        c, begin, waited = self.config, time.perf_counter(), 0.0
+        c, begin = self.config, time.perf_counter()
         self.epoch += 1
         lr = learning_rate(self.epoch, c.lr, c.warmup_epochs, c.warmup_lr)
         for group in self.optimizer.param_groups:
@@ -326,19 +343,13 @@ class Trainer:
         loss, right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         steps = seen = 0
         self.method.train()
-        batches = iter(self.split.streams.batches(order, rows, c.batch_size, context_rows, drop_last=len(order) >= c.batch_size))
-        while True:
-            asked = time.perf_counter()
-            got = next(batches, None)
-            waited += time.perf_counter() - asked
-            if got is None:
-                break
-            positions, batch = got
+        batches = Timed(self.split.streams.batches(order, rows, c.batch_size, context_rows, drop_last=len(order) >= c.batch_size))
+        for positions, batch in batches:
             index = torch.from_numpy(positions).to(self.device)
             step_loss, step_right = self.step(batch, {k: y[index] for k, y in self.labels.items()})
             loss, right, steps, seen = loss + step_loss, right + step_right, steps + 1, seen + len(positions)
         line = dict(epoch=self.epoch, lr=lr, loss=float(loss) / steps, train_top1=100 * float(right) / seen, segments=seen,
-                    seconds=time.perf_counter() - begin, data_seconds=waited)
+                    seconds=time.perf_counter() - begin, data_seconds=batches.waited)
         if not np.isfinite(line["loss"]):
             raise DataError(f"the loss of epoch {self.epoch} is {line['loss']}: lower lr ({lr:g}), or look for features that are not "
                             f"finite with FeatureStore.verify()")
@@ -360,7 +371,7 @@ class Trainer:
         if selection:
             selection.best = state["best"]
 
-# %% ../nbs/14_training.ipynb #b7fef4fd
+# %% ../nbs/14_training.ipynb #af778c97
 @dataclass
 class RunResult:
     "What a run left behind."
@@ -388,7 +399,7 @@ class RunResult:
                                  **{name: v["value"] for name, v in values.items()}))
         return pd.DataFrame(rows)
 
-
+# %% ../nbs/14_training.ipynb #1d1b12c8
 def run_name(
     config: TrainConfig,  # resolved
 ) -> str:
@@ -477,7 +488,75 @@ def evaluate(
     order = np.arange(len(split.segments)) if positions is None else positions
     return predict(method, split.streams.batches(order, rows, 256, context_rows), text, split.labels, subsets)
 
-# %% ../nbs/14_training.ipynb #311e58bb
+# %% ../nbs/14_training.ipynb #fca3b8e0
+def _claim(folder: Path, config: TrainConfig) -> None:
+    "Makes the run's folder; refuses one that holds a run with other settings."
+    path, ours = folder / "config.json", asdict(config)
+    if path.exists():
+        theirs = read_json(path)
+        if other := [k for k in ours if k not in ("progress", "resident", "name", "runs_root") and theirs.get(k) != ours[k]]:
+            raise DataError(f"{folder} holds a run with other settings ({', '.join(f'{k}: {theirs.get(k)!r}, now {ours[k]!r}' for k in other[:5])}): "
+                            f"choose another name, or delete it")
+    else:
+        write_json(path, ours)
+
+# %% ../nbs/14_training.ipynb #25e33080
+def _selection(config: TrainConfig, trainer: Trainer, data: RunData, tests: dict[str, Split]) -> Selection | None:
+    "Who judges the epochs; takes held-out videos from the trainer."
+    if config.selection == "source validation":
+        held = held_out_videos(trainer.split.segments, config.validation_fraction)
+        trainer.usable = trainer.usable[~held[trainer.usable]]
+        return Selection(trainer, trainer.split, np.flatnonzero(held), data.text[config.dataset])
+    if config.selection == "target (as released)":
+        target = config.targets[0]
+        return Selection(trainer, tests[target], np.arange(len(tests[target].segments)), data.text[target])
+    return None
+
+
+def _fit(config: TrainConfig, folder: Path, data: RunData, tests: dict[str, Split], method: nn.Module,
+         ) -> tuple[nn.Module, dict | None, list[dict]]:
+    "Trains to the last epoch, saving a checkpoint after each; the method ends up with the selected weights."
+    trainer = Trainer(config, method, data.text[config.dataset], data.split(config.dataset, "train"), data.device)
+    selection = _selection(config, trainer, data, tests)
+    checkpoint = folder / "checkpoint.pt"
+    if checkpoint.exists():
+        trainer.load(checkpoint, selection)
+    with tqdm(total=config.epochs, initial=trainer.epoch, unit="epoch", mininterval=1, disable=None if config.progress else True) as bar:
+        while trainer.epoch < config.epochs:
+            line = trainer.run_epoch()
+            if selection:
+                line["selection_top1"] = selection.look()
+            trainer.save(checkpoint, selection)
+            with whole_file(folder / "history.csv") as part:
+                pd.DataFrame(trainer.history).to_csv(part, index=False)
+            bar.set_postfix(loss=f"{line['loss']:.3f}", top1=f"{line['train_top1']:.1f}%", refresh=False)
+            bar.update()
+    selected = None
+    if selection:
+        method.load_state_dict(selection.best["state"])
+        selected = dict(epoch=selection.best["epoch"], value=selection.best["value"])
+    return method, selected, trainer.history
+
+# %% ../nbs/14_training.ipynb #08ed8de5
+def _evaluate_all(config: TrainConfig, folder: Path, data: RunData, tests: dict[str, Split], method: nn.Module) -> dict:
+    "Accuracies on every dataset, with the number of segments that they were counted on; leaves predictions.csv in the folder."
+    results, predictions = {}, []
+    for dataset, split in tests.items():
+        subsets = {} if dataset == config.dataset else {
+            k: dict(zip(("shared", "novel"), c.shared_with(data.classes[config.dataset][k]))) for k, c in data.classes[dataset].items()}
+        tables = evaluate(method, split, data.text[dataset], subsets, config)
+        results[dataset] = summarise(tables, config.seed)
+        for kind, table in tables.items():
+            ids = split.segments.segment_id.to_numpy()[table.position]
+            predictions.append(table.drop(columns="position").assign(dataset=dataset, kind=kind, segment_id=ids))
+    with whole_file(folder / "predictions.csv") as part:
+        pd.concat(predictions).to_csv(part, index=False, float_format="%.6g")
+    return dict(
+        results=results, harmonic_means=harmonic_means(results),
+        segments={d: dict(segments=s.total, with_features=len(s.segments), missing=s.total - len(s.segments)) for d, s in tests.items()},
+        features={d: {f"{v.folder.name} {v.manifest['fingerprint']}": v.manifest for v in s.streams.views} for d, s in tests.items()})
+
+# %% ../nbs/14_training.ipynb #316fe911
 def train(
     config: TrainConfig,
 ) -> RunResult:
@@ -503,70 +582,6 @@ def train(
         peak_memory=peak_memory(device), versions=provenance(device)))
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return RunResult.read(folder)
-
-
-def _evaluate_all(config: TrainConfig, folder: Path, data: RunData, tests: dict[str, Split], method: nn.Module) -> dict:
-    "Accuracies on every dataset, with the number of segments that they were counted on; leaves predictions.csv in the folder."
-    results, predictions = {}, []
-    for dataset, split in tests.items():
-        subsets = {} if dataset == config.dataset else {
-            k: dict(zip(("shared", "novel"), c.shared_with(data.classes[config.dataset][k]))) for k, c in data.classes[dataset].items()}
-        tables = evaluate(method, split, data.text[dataset], subsets, config)
-        results[dataset] = summarise(tables, config.seed)
-        for kind, table in tables.items():
-            ids = split.segments.segment_id.to_numpy()[table.position]
-            predictions.append(table.drop(columns="position").assign(dataset=dataset, kind=kind, segment_id=ids))
-    with whole_file(folder / "predictions.csv") as part:
-        pd.concat(predictions).to_csv(part, index=False, float_format="%.6g")
-    return dict(
-        results=results, harmonic_means=harmonic_means(results),
-        segments={d: dict(segments=s.total, with_features=len(s.segments), missing=s.total - len(s.segments)) for d, s in tests.items()},
-        features={d: {f"{v.folder.name} {v.manifest['fingerprint']}": v.manifest for v in s.streams.views} for d, s in tests.items()})
-
-
-def _claim(folder: Path, config: TrainConfig) -> None:
-    "Makes the run's folder; refuses one that holds a run with other settings."
-    path, ours = folder / "config.json", asdict(config)
-    if path.exists():
-        theirs = read_json(path)
-        if other := [k for k in ours if k not in ("progress", "resident", "name", "runs_root") and theirs.get(k) != ours[k]]:
-            raise DataError(f"{folder} holds a run with other settings ({', '.join(f'{k}: {theirs.get(k)!r}, now {ours[k]!r}' for k in other[:5])}): "
-                            f"choose another name, or delete it")
-    else:
-        write_json(path, ours)
-
-
-def _fit(config: TrainConfig, folder: Path, data: RunData, tests: dict[str, Split], method: nn.Module,
-         ) -> tuple[nn.Module, dict | None, list[dict]]:
-    "Trains to the last epoch, saving a checkpoint after each; the method ends up with the selected weights."
-    split = data.split(config.dataset, "train")
-    trainer = Trainer(config, method, data.text[config.dataset], split, data.device)
-    selection = None
-    if config.selection == "source validation":
-        held = held_out_videos(split.segments, config.validation_fraction)
-        trainer.usable = trainer.usable[~held[trainer.usable]]
-        selection = Selection(trainer, split, np.flatnonzero(held), data.text[config.dataset])
-    elif config.selection == "target (as released)":
-        target = config.targets[0]
-        selection = Selection(trainer, tests[target], np.arange(len(tests[target].segments)), data.text[target])
-    checkpoint = folder / "checkpoint.pt"
-    if checkpoint.exists():
-        trainer.load(checkpoint, selection)
-    with tqdm(total=config.epochs, initial=trainer.epoch, unit="epoch", mininterval=1, disable=None if config.progress else True) as bar:
-        while trainer.epoch < config.epochs:
-            line = trainer.run_epoch()
-            if selection:
-                line["selection_top1"] = selection.look()
-            trainer.save(checkpoint, selection)
-            with whole_file(folder / "history.csv") as part:
-                pd.DataFrame(trainer.history).to_csv(part, index=False)
-            bar.set_postfix(loss=f"{line['loss']:.3f}", top1=f"{line['train_top1']:.1f}%", refresh=False)
-            bar.update()
-    selected = None
-    if selection:
-        method.load_state_dict(selection.best["state"])
-        selected = dict(epoch=selection.best["epoch"], value=selection.best["value"])
-    return method, selected, trainer.history
 
 # %% ../nbs/14_training.ipynb #3d092fdf
 @dataclass
