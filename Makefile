@@ -1,4 +1,4 @@
-# make env | test | lab | lock | notebooks | readme | clean. Needs python3, make and git; everything else is installed into .venv.
+# make env | test | lab | reproduce | lock | notebooks | readme | clean. Needs python3, make and git; everything else is installed into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,18 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # A tree of its own per machine: uv shares one cache between all environments.
 UV := $(BIN)/python -m uv
 
-.PHONY: env test lab lock notebooks readme clean
+# make reproduce: every table, from nothing, on the mini world; TABLES="1 2", SEEDS=3, SIZE=large, CORES=8, DRY=1 (only the plan).
+# make reproduce PROFILE=paper DATA=/path: the same on real data; /path holds epic, ego4d and egtea.
+PROFILE ?= mini
+TABLES ?= all
+SEEDS ?= 1
+SIZE ?= default
+CORES ?= all
+GPUS ?= 1
+SNAKEMAKE = snakemake --nolock --cores $(CORES) $(if $(DRY),--dry-run) $(if $(filter paper,$(PROFILE)),--resources gpu=$(GPUS)) \
+	--config profile='$(PROFILE)' size='$(SIZE)' seeds='$(SEEDS)' tables='$(TABLES)' data='$(DATA)'
+
+.PHONY: env test lab reproduce lock notebooks readme clean
 
 env: $(READY)
 
@@ -25,6 +36,13 @@ test: env
 lab: env
 	jupyter lab nbs
 
+# One at a time in a folder. This lock ends with its process, however that ends; snakemake's own would outlive a kill.
+reproduce: env
+	@mkdir -p .snakemake
+	@flock -n .snakemake/reproduce.lock true || echo "Another make reproduce is at work in this folder; waiting for it."
+	@flock .snakemake/reproduce.lock $(SNAKEMAKE)
+	$(if $(DRY),,@echo "The report: reports/$(PROFILE)/index.html")
+
 lock: $(BIN)/python
 	$(UV) pip compile --quiet --universal --python-version 3.10 --upgrade --extra dev pyproject.toml -o requirements.lock
 
@@ -37,5 +55,5 @@ readme: env
 	$(BIN)/python tests/readme.py --write
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis _docs
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis _docs .snakemake
 	find . -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'STORAGES', 'OPENAI_SCALARS', 'activations', 'hash_weights', 'Encoder', 'ArchiveUnpickler',
            'read_weights', 'load_weights', 'check_activation', 'fetch_weights', 'build_model', 'create_encoder',
-           'ClassEmbeddings', 'embed_classes']
+           'fill_token_table', 'ClassEmbeddings', 'embed_classes']
 
-# %% ../nbs/07_encoders.ipynb #8e26a39e
+# %% ../nbs/07_encoders.ipynb #668a48dc
 import hashlib
 import json
 import logging
@@ -28,6 +28,7 @@ from typing import Callable, Iterator
 import huggingface_hub
 import numpy as np
 import open_clip
+import timm
 import torch
 from huggingface_hub.utils import get_session
 from open_clip.convert import convert_state_dict
@@ -36,7 +37,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .files import DataError, did_you_mean, read_json, whole_file
+from .files import DataError, did_you_mean, project_root, read_json, whole_file
 from .pixels import CLIP_MEAN, CLIP_STD, Preprocess
 
 # %% ../nbs/07_encoders.ipynb #6f6af48a
@@ -373,7 +374,7 @@ def _preprocess(name: str, model: nn.Module, resize: str, settings: dict) -> Pre
     return Preprocess(size, resize, settings.get("interpolation") or "bicubic",
                       tuple(settings.get("mean") or CLIP_MEAN), tuple(settings.get("std") or CLIP_STD))
 
-# %% ../nbs/07_encoders.ipynb #8fca4700
+# %% ../nbs/07_encoders.ipynb #079f5f2a
 def _load_tag(name: str, model: nn.Module, tag: str) -> dict:
     settings, source = open_clip.get_pretrained_cfg(name, tag), f"{name} ({tag})"
     if settings.get("quick_gelu"): check_activation(name, model, True, source)
@@ -384,7 +385,7 @@ def _load_tag(name: str, model: nn.Module, tag: str) -> dict:
 
 def _load_file(name: str, model: nn.Module, path: Path) -> dict:
     settings = _settings_of(name, path)
-    quick_gelu, state = settings.get("quick_gelu"), read_weights(path)
+    quick_gelu, state = settings.get("quick_gelu"), fill_token_table(read_weights(path), model, path)
     openai = OPENAI_SCALARS <= state.keys()
     if openai: quick_gelu = True
     if quick_gelu is not None: check_activation(name, model, quick_gelu, str(path))
@@ -407,15 +408,15 @@ def _tokenizer(name: str) -> Callable[[list[str]], Tensor]:
     except Exception as e:
         raise DataError(f"the tokenizer of {name} cannot be loaded ({type(e).__name__}: {str(e)[:200]})") from None
 
-# %% ../nbs/07_encoders.ipynb #551cd6db
+# %% ../nbs/07_encoders.ipynb #0b413c1b
 def create_encoder(
-    name: str,  # an open_clip architecture, e.g. "ViT-B-16-quickgelu"
-    weights: str | Path | None = None,  # a pretrained tag, a weight file, or "random"; None: "openai"
+    name: str,  # an open_clip or timm architecture, e.g. "ViT-B-16-quickgelu", or one of the kit's, e.g. "mini-clip"
+    weights: str | Path | None = None,  # a pretrained tag, a weight file, or "random"; None: "openai", or the kit's own file
     device: str | torch.device | None = None,  # None: cuda where there is one, else cpu
     resize: str = "shortest",  # or "squash", see `Preprocess`
     precision: str = "auto",  # of the image tower: "fp32", "bf16", "fp16"; "auto": bf16 on cuda, else fp32
 ) -> Encoder:
-    "A frozen open_clip model in evaluation mode. Raises `DataError` for unknown names, unfit weights, and downloads that fail."
+    "A frozen open_clip model, or a timm model without text, in evaluation mode. Raises `DataError` for unknown names, unfit weights, and downloads that fail."
     name = name.replace("/", "-")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -424,6 +425,9 @@ def create_encoder(
     if precision not in PRECISIONS:
         raise DataError(f"precision {precision!r} is not one of 'auto', {', '.join(map(repr, PRECISIONS))}")
     Preprocess(resize=resize)
+    own, weights = _own_model(name, weights)
+    if timm.is_model(own.get("architecture", name)):
+        return _timm_encoder(name, own, weights, device, resize, precision)
     if name not in open_clip.list_models():
         raise DataError(f"open_clip knows no model {name!r}"
                         + (did_you_mean(name, open_clip.list_models()) or "; open_clip.list_models() lists those it knows"))
@@ -438,6 +442,58 @@ def create_encoder(
     config = open_clip.get_model_config(name)
     return Encoder(name, model, _preprocess(name, model, resize, settings), config["embed_dim"], config, _tokenizer(name), origin,
                    precision, device)
+
+# %% ../nbs/07_encoders.ipynb #0eb0dabc
+def _own_model(
+    name: str,
+    weights: str | Path | None,
+) -> tuple[dict, str | Path | None]:  # its configuration, empty for models that are not the kit's; its weights where none are named
+    "Tells open_clip of the kit's own architectures."
+    folder = project_root() / "data" / "mini" / "weights"
+    if not (folder / f"{name}.json").is_file():
+        return {}, weights
+    config, file = read_json(folder / f"{name}.json"), folder / f"{name}.safetensors"
+    if "embed_dim" in config and name not in open_clip.list_models():
+        open_clip.add_model_config(folder / f"{name}.json")
+    return config, file if weights is None and file.is_file() else weights
+
+
+def fill_token_table(
+    state: dict[str, Tensor],  # `token_ids` (K,) says which rows `token_embedding.weight` (K, W) holds
+    model: nn.Module,
+    source: str | Path,  # where `state` comes from, for the error
+) -> dict[str, Tensor]:
+    "Weights with the whole token table, unknown rows filled with the mean row; as they are where there are no `token_ids`."
+    if "token_ids" not in state: return state
+    ids, rows = state["token_ids"].long(), state["token_embedding.weight"].float()
+    if ids.shape != rows.shape[:1] or not len(ids) or ids.min() < 0 or ids.max() >= model.vocab_size or len(ids.unique()) < len(ids):
+        raise DataError(f"{source}: its token_ids do not say which {len(rows)} of {model.vocab_size} token rows it holds")
+    table = rows.mean(0).repeat(model.vocab_size, 1)
+    table[ids] = rows
+    return {**{name: tensor for name, tensor in state.items() if name != "token_ids"}, "token_embedding.weight": table}
+
+# %% ../nbs/07_encoders.ipynb #c2be29ac
+def _timm_encoder(
+    name: str,
+    config: dict,  # timm's architecture, model_args and pretrained_cfg; empty: `name` is the architecture
+    weights: str | Path | None,  # a file, or "random"
+    device: torch.device,
+    resize: str,
+    precision: str,
+) -> Encoder:
+    if weights is None or not (weights == "random" or Path(weights).is_file()):
+        raise DataError(f"{name} is a timm model: pass a file with its weights, or weights='random', not {str(weights)!r}")
+    config = config or dict(architecture=name)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = timm.create_model(config["architecture"], num_classes=0, **config.get("model_args", {}))
+    if weights == "random":
+        warnings.warn(f"{name} has RANDOM weights: its features mean nothing. Use this for tests and timing only", stacklevel=3)
+    else:
+        load_weights(model, read_weights(weights), str(weights))
+    settings = {**model.pretrained_cfg, **config.get("pretrained_cfg", {})}
+    preprocess = Preprocess(model.patch_embed.img_size[0], resize, settings["interpolation"], tuple(settings["mean"]), tuple(settings["std"]))
+    return Encoder(name, model, preprocess, model.num_features, config, None, Path(weights).name, precision, device)
 
 # %% ../nbs/07_encoders.ipynb #f09e1e49
 @dataclass(frozen=True, eq=False)

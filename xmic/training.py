@@ -47,7 +47,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 METHODS = ("xmic", "zero_shot")
 SELECTIONS = ("last", "source validation", "target (as released)")
 
-# %% ../nbs/14_training.ipynb #05a7d783
+# %% ../nbs/14_training.ipynb #672e7632
 @dataclass
 class TrainConfig:
     "All settings of a run. A field that is None takes its value from the recipe."
@@ -61,7 +61,7 @@ class TrainConfig:
     template: str = "{}"  # prompt around each class name
     # features
     features_root: str = "features"  # folder of the feature stores
-    encoder: str = "ViT-B-16-quickgelu"  # CLIP model that classifies, an open_clip name
+    encoder: str | None = None  # CLIP model that classifies, an open_clip name; None: ViT-B-16-quickgelu, or mini-clip on the mini world
     weights: str | None = None  # its pretrained tag, a local file, or "random"; None: OpenAI's
     context_encoder: str | None = None  # encoder that the adapter reads; None: the same
     context_weights: str | None = None
@@ -151,13 +151,13 @@ def _contradictions(config: TrainConfig) -> list[str]:
         faults.append("zero_shot has no conditioning stream: leave context_encoder out")
     return faults
 
-# %% ../nbs/14_training.ipynb #923f3d7a
+# %% ../nbs/14_training.ipynb #8e2b443a
 def resolve(
     config: TrainConfig,
 ) -> TrainConfig:  # without None in the recipe's fields
     "Fills in the recipe's values and checks the settings. Raises one `DataError` that lists every fault."
     recipe = RECIPES.get(config.recipe, RECIPES["release"])
-    config = replace(config, **{k: v for k, v in recipe.items() if getattr(config, k) is None})
+    config = replace(config, **{k: v for k, v in dict(recipe, encoder="ViT-B-16-quickgelu").items() if getattr(config, k) is None})
     if faults := _field_faults(config) + _contradictions(config):
         raise DataError("these settings cannot be run:\n  " + "\n  ".join(faults))
     return config
@@ -537,22 +537,23 @@ def _fit(config: TrainConfig, folder: Path, data: RunData, tests: dict[str, Spli
         selected = dict(epoch=selection.best["epoch"], value=selection.best["value"])
     return method, selected, trainer.history
 
-# %% ../nbs/14_training.ipynb #08ed8de5
+# %% ../nbs/14_training.ipynb #f0c0d8d0
 def _evaluate_all(config: TrainConfig, folder: Path, data: RunData, tests: dict[str, Split], method: nn.Module) -> dict:
-    "Accuracies on every dataset, with the number of segments that they were counted on; leaves predictions.csv in the folder."
-    results, predictions = {}, []
+    "Accuracies on every dataset, with the numbers of segments and of competing classes; leaves predictions.csv in the folder."
+    results, classes, predictions = {}, {}, []
     for dataset, split in tests.items():
         subsets = {} if dataset == config.dataset else {
             k: dict(zip(("shared", "novel"), c.shared_with(data.classes[config.dataset][k]))) for k, c in data.classes[dataset].items()}
         tables = evaluate(method, split, data.text[dataset], subsets, config)
         results[dataset] = summarise(tables, config.seed)
+        classes[dataset] = {k: dict(top1=len(c), **{n: len(of) for n, of in subsets.get(k, {}).items()}) for k, c in data.classes[dataset].items()}
         for kind, table in tables.items():
             ids = split.segments.segment_id.to_numpy()[table.position]
             predictions.append(table.drop(columns="position").assign(dataset=dataset, kind=kind, segment_id=ids))
     with whole_file(folder / "predictions.csv") as part:
         pd.concat(predictions).to_csv(part, index=False, float_format="%.6g")
     return dict(
-        results=results, harmonic_means=harmonic_means(results),
+        results=results, harmonic_means=harmonic_means(results), classes=classes,
         segments={d: dict(segments=s.total, with_features=len(s.segments), missing=s.total - len(s.segments)) for d, s in tests.items()},
         features={d: {f"{v.folder.name} {v.manifest['fingerprint']}": v.manifest for v in s.streams.views} for d, s in tests.items()})
 

@@ -1,0 +1,123 @@
+# Everything behind the tables: `make reproduce`, or `snakemake` with the settings below as --config.
+# What is to be made is said in xmic.experiments; profiles/ holds how it is run (profiles/default always, profiles/slurm on a cluster).
+import json
+import os
+import re
+
+from xmic import experiments
+
+PROFILE = experiments.profile(config.get("profile") or "mini", config.get("size") or "default", config.get("data") or None)
+PLAN = experiments.plan(PROFILE, str(config.get("tables") or "all"), int(config.get("seeds") or 1))
+MINI = PROFILE.name == "mini"
+CHOICE = dict(profile=PROFILE.name, size=PROFILE.size or "default", data=PROFILE.data if not MINI else None, seeds=PLAN.seeds)
+FIRST = experiments.runs(1, PROFILE, PLAN.seeds, experiments.FIRST) if 1 in PLAN.tables else {}
+TABLES = [f"{PROFILE.reports}/table{n}.md" for n in PLAN.tables]
+WORLD = f"{PROFILE.data}/world.json"
+LIBRARY = ["xmic/reporting.py", "xmic/experiments.py"]
+ANNOTATIONS = {} if MINI else {name: experiments.annotations(PROFILE, store) for name, store in PLAN.stores.items()}
+
+os.environ["OMP_NUM_THREADS"] = str(PROFILE.threads)
+# A job waits for the one that a killed snakemake may have left behind; what a notebook prints is in the job's log.
+PAPERMILL = "flock $(dirname {log.text}) papermill --no-progress-bar --cwd . {input.notebook} {log.notebook} -y {params.settings:q} > {log.text} 2>&1"
+
+
+def weights(store):
+    "The kit's own encoders: other weights are other features."
+    path = f"data/mini/weights/{PLAN.stores[store].parameters['encoder']}.safetensors"
+    return [path] if os.path.exists(path) else []
+
+
+def one_of(names):
+    return "|".join(map(re.escape, sorted(names))) or "(?!)"
+
+
+wildcard_constraints:
+    store=one_of(PLAN.stores),
+    number=one_of(map(str, PLAN.tables)),
+
+
+localrules: all, world, first_rows
+
+
+rule all:
+    input: f"{PROFILE.reports}/index.html", [f"{PROFILE.runs_root}/first_rows.md"] * bool(FIRST)
+
+
+rule world:
+    message: f"the mini world, size {PROFILE.size}"
+    output: WORLD
+    params: call=f"from xmic.mini import build; build(root={PROFILE.data!r}, size={PROFILE.size!r})", stale=PROFILE.features_root
+    threads: workflow.cores or 1
+    shell: "rm -rf {params.stale:q} && python -c {params.call:q}"
+
+
+rule extract:
+    message: "features: {wildcards.store}"
+    input:
+        lambda w: [WORLD, *weights(w.store)] if MINI else [ancient(path) for path in ANNOTATIONS[w.store]],
+        notebook=ancient("nbs/extract.ipynb"),
+    output: touch(f"{PROFILE.features_root}/jobs/{{store}}/done")
+    log: notebook=f"{PROFILE.features_root}/jobs/{{store}}/extract.ipynb", text=f"{PROFILE.features_root}/jobs/{{store}}/job.log"
+    params: settings=lambda w: json.dumps(PLAN.stores[w.store].parameters)
+    threads: PROFILE.threads
+    resources: gpu=PROFILE.gpus
+    shell: PAPERMILL
+
+
+rule run:
+    message: "run: {wildcards.run}"
+    input:
+        lambda w: [f"{PROFILE.features_root}/jobs/{s.name}/done" for s in PLAN.runs[w.run].stores],
+        notebook=ancient("nbs/train.ipynb"),
+    output: f"{PROFILE.runs_root}/{{run}}/metrics.json"
+    log: notebook=f"{PROFILE.runs_root}/{{run}}/train.ipynb", text=f"{PROFILE.runs_root}/{{run}}/job.log"
+    wildcard_constraints: run=one_of(set(PLAN.runs) - set(FIRST))
+    params: settings=lambda w: json.dumps(PLAN.runs[w.run].parameters)
+    threads: PROFILE.threads
+    resources: gpu=PROFILE.gpus
+    shell: PAPERMILL
+
+
+use rule run as first_run with:
+    wildcard_constraints: run=one_of(FIRST)
+    priority: 10
+
+
+rule first_rows:
+    message: "the first rows of Table 1"
+    priority: 20
+    input: [f"{PROFILE.runs_root}/{name}/metrics.json" for name in FIRST]
+    output: f"{PROFILE.runs_root}/first_rows.md"
+    params: call=f"from xmic.experiments import *; print(first_rows(profile({PROFILE.name!r}, {CHOICE['size']!r}, {CHOICE['data']!r}), {PLAN.seeds}))"
+    shell: "python -c {params.call:q} > {output} && cat {output}"
+
+
+rule table:
+    message: "table {wildcards.number}"
+    input:
+        lambda w: [f"{PROFILE.runs_root}/{name}/metrics.json" for name in experiments.runs(int(w.number), PROFILE, PLAN.seeds)],
+        LIBRARY,
+        notebook="nbs/tables/table{number}.ipynb",
+    output: [f"{PROFILE.reports}/table{{number}}.{ending}" for ending in ("md", "csv", "tex", "svg", "png")]
+    log: notebook=f"{PROFILE.runs_root}/table{{number}}/table.ipynb", text=f"{PROFILE.runs_root}/table{{number}}/job.log"
+    params: settings=json.dumps(CHOICE)
+    shell: PAPERMILL
+
+
+rule report:
+    message: "the report"
+    input: TABLES, LIBRARY, "nbs/report_template/index.html.j2", notebook="nbs/report.ipynb"
+    output: f"{PROFILE.reports}/index.html"
+    log: notebook=f"{PROFILE.runs_root}/report/report.ipynb", text=f"{PROFILE.runs_root}/report/job.log"
+    params: settings=json.dumps(dict(CHOICE, tables=" ".join(map(str, PLAN.tables))))
+    shell:
+        PAPERMILL + " && jupyter nbconvert --to html --no-input --TemplateExporter.exclude_raw=True --TemplateExporter.extra_template_basedirs=nbs --template report_template"
+        " {log.notebook} --output-dir $(dirname {output}) --output index.html >> {log.text} 2>&1"
+
+
+onerror:
+    failed = experiments.failures(PLAN)
+    print("\nThese jobs failed:" if len(failed) else "\nWhat failed is named above.")
+    for job in failed.itertuples():
+        print(f"  {job.job}\n    {job.cause}\n    see {job.notebook}")
+    print("What did not depend on them is done. The same command goes on from here.")

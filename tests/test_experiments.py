@@ -1,0 +1,238 @@
+"""The plan of all tables: names, sharing, what is missing, and that snakemake plans it for the real annotation files."""
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from world import register_tiny, write_world
+from xmic import experiments
+from xmic.experiments import annotations, cells, failures, plan, prepare, profile, run, runs
+from xmic.features import ExtractConfig
+from xmic.files import DataError, settings, write_json
+from xmic.paper import printed
+from xmic.training import TrainConfig, resolve
+
+ROOT = Path(__file__).resolve().parents[1]
+PROFILES = {"mini": profile(), "large": profile(size="large"), "paper": profile("paper", data="/data")}
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_run_and_extraction_can_be_built_from_its_parameters(name):
+    made = plan(PROFILES[name], "all", 2)
+    for job in made.runs.values():
+        config = resolve(settings(TrainConfig, job.parameters))
+        assert config.name == job.name and set(config.targets) == {"epic", "ego4d", "egtea"} - {config.dataset}
+    for store in made.stores.values():
+        settings(ExtractConfig, store.parameters)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_run_finds_the_features_that_are_extracted_for_it(name):
+    for job in plan(PROFILES[name], "all", 1).runs.values():
+        p, made = job.parameters, [s.parameters for s in job.stores]
+        held = {(s["dataset"], split) for s in made for split in s["splits"]}
+        wanted = {(d, "test") for d in (p["dataset"], *p["targets"])} | ({(p["dataset"], "train")} if p.get("method") != "zero_shot" else set())
+        assert held == wanted
+        assert {s["encoder"] for s in made} == {p["encoder"]} and {s["features_root"] for s in made} == {p["features_root"]}
+        assert all(s["data_root"] == (p["data_root"] if s["dataset"] == p["dataset"] else p["target_roots"][s["dataset"]]) for s in made)
+
+
+def test_no_row_names_a_setting_that_is_the_default():
+    "Else equal runs of two tables would have two names, and be trained twice."
+    default = TrainConfig()
+    for table, rows in experiments.TABLES.items():
+        for row in rows:
+            assert not [k for k, v in row.settings.items() if getattr(default, k) == v], (table, row)
+
+
+def test_runs_of_equal_settings_have_one_name_and_others_differ():
+    made = plan(profile(), "all", 3).runs
+    keys = [json.dumps(r.parameters | dict(name=""), sort_keys=True) for r in made.values()]
+    assert len(set(keys)) == len(made)
+    bare = run(profile(), "ego4d", "noun", {}, 1)
+    assert bare.name != run(replace(profile(), train=dict(profile().train, epochs=3)), "ego4d", "noun", {}, 1).name
+    assert bare.name == run(replace(profile(), data="/elsewhere", runs_root="/runs"), "ego4d", "noun", {}, 1).name
+
+
+@pytest.mark.parametrize("table", experiments.TABLES)
+def test_every_cell_of_our_rows_stands_in_the_printed_table(table):
+    key = ["table", "source", "method", "variant", "kind", "column"]
+    ours, theirs = cells(table, profile(), 2), printed(table)
+    both = ours.merge(theirs, on=key, how="left", validate="one_to_one")
+    unprinted = both[both.value.isna()]
+    assert set(unprinted.column) <= ({"hm"} if table == 7 else set())  # Table 7 prints no harmonic mean of zero-shot
+    same = theirs[theirs.set_index(["method", "variant"]).index.isin(ours.set_index(["method", "variant"]).index)]
+    assert {*map(tuple, both.dropna(subset="value")[key].values)} == {*map(tuple, same[key].values)}
+
+
+def test_the_cells_know_their_runs():
+    for table in experiments.TABLES:
+        assert {n for names in cells(table, profile(), 3).runs for n in names} == set(runs(table, profile(), 3))
+
+
+def test_seeds_multiply_trained_runs_only():
+    one, three = plan(profile(), "all", 1).runs, plan(profile(), "all", 3).runs
+    trained = sum(r.parameters.get("method") != "zero_shot" for r in one.values())
+    assert len(three) == len(one) + 2 * trained and set(one) < set(three)
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: profile("papre", data="/x"), "did you mean 'paper'"),
+    (lambda: profile(size="big"), "'default', 'large'"),
+    (lambda: plan(profile(), "1 5"), "'5' is none of"),
+    (lambda: plan(profile(), "1", 0), "must be at least 1"),
+    (lambda: experiments.rows_of(8), "no table 8"),
+])
+def test_what_cannot_be_planned_is_said(call, words):
+    with pytest.raises(DataError, match=words):
+        call()
+
+
+def test_failures_name_cause_and_place(tmp_path):
+    made = plan(replace(profile(), runs_root=f"{tmp_path}/runs", features_root=f"{tmp_path}/features", reports=f"{tmp_path}/reports"), "3")
+    error, killed, silent, done, *_ = [Path(made.folder(n)) for n in [*made.runs, *made.stores]]
+    write_json(error / "train.ipynb", {"cells": [{"outputs": [{"output_type": "error", "ename": "DataError", "evalue": "no videos"}]}]})
+    killed.mkdir(parents=True), (killed / "job.log").write_text("Executing\nKilled\n")
+    silent.mkdir(parents=True), (silent / "job.log").write_text("")
+    done.mkdir(parents=True), (done / "job.log").write_text("fine"), (done / "done").touch()
+    table = tmp_path / "runs/table3"
+    write_json(table / "table.ipynb", {"cells": [{"outputs": [{"output_type": "error", "ename": "KeyError", "evalue": "'hm'"}]}]})
+    found = failures(made).set_index("job").cause
+    assert found[error.name] == "DataError: no videos" and found[killed.name] == "Killed" and "ran out of memory" in found[silent.name]
+    assert done.name not in found and found.table3 == "KeyError: 'hm'" and len(found) == 4
+
+
+def test_planning_imports_no_torch():
+    code = "import sys, xmic.experiments as e; e.plan(e.profile()); print([m for m in ('torch', 'matplotlib', 'open_clip') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "[]"
+
+
+def real_root(shared_data: Path, root: Path) -> Path:
+    "The official files in the official places: annotations only."
+    for place, source in {"epic/epic-kitchens-100-annotations": "epic_kitchens_100_annotations", "egtea/action_annotation": "egtea_gaze_plus_annotations"}.items():
+        (root / place).parent.mkdir(parents=True)
+        (root / place).mkdir()
+        for path in (shared_data / source).rglob("*"):
+            if path.is_file() and not (root / place / path.name).exists():
+                (root / place / path.name).symlink_to(path)
+    (root / "epic/epic-kitchens-100-annotations/EPIC_100_train.csv").symlink_to(shared_data / "derived/EPIC_100_train_reconstructed.csv")
+    there = root / "ego4d/v2/annotations"
+    there.mkdir(parents=True)
+    for split in ("train", "val"):
+        found = next(iter(sorted(shared_data.rglob(f"fho_lta_{split}*.json"))), None) or next(iter(shared_data.rglob("fho_lta_val*.json")))
+        (there / f"fho_lta_{split}.json").symlink_to(found)
+    return root
+
+
+def dry_run(*choices: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "snakemake", "--dry-run", "--nolock", "--cores", "2", *options, "--config", *choices],
+                          capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def planned(done: subprocess.CompletedProcess) -> dict[str, int]:
+    "Jobs of each rule, from snakemake's own summary."
+    assert done.returncode == 0, done.stdout + done.stderr
+    words = [line.split() for line in (done.stdout + done.stderr).split("Job stats:")[1].splitlines()]
+    return {w[0]: int(w[1]) for w in words if len(w) == 2 and w[1].isdecimal()}
+
+
+@pytest.mark.slow
+def test_the_paper_profile_plans_every_job_on_the_real_annotation_files(shared_data, tmp_path):
+    root = real_root(shared_data, tmp_path / "data")
+    made = plan(profile("paper", data=str(root)), "all", 3)
+    assert all(Path(f).is_file() for s in made.stores.values() for f in annotations(made.profile, s))
+    jobs = planned(dry_run("profile=paper", f"data={root}", "seeds=3"))
+    assert jobs["run"] + jobs["first_run"] == len(made.runs) and jobs["extract"] == len(made.stores) == 5 and jobs["table"] == len(experiments.TABLES)
+    (root / "egtea/action_annotation/noun_idx.txt").unlink()
+    failed = dry_run("profile=paper", f"data={root}")
+    assert failed.returncode != 0 and "expected noun_idx.txt" in failed.stdout + failed.stderr
+
+
+@pytest.mark.slow
+def test_the_mini_profile_plans_the_world_first(tmp_path):
+    made = plan(profile(size="tiny"), "1 3")
+    done = dry_run("size=tiny", "tables=1 3", options=("--forceall",))
+    jobs = planned(done)
+    assert jobs["world"] == 1 and "run" not in jobs and jobs["first_run"] == len(made.runs) == 6 and jobs["table"] == 2 and jobs["first_rows"] == 1
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"), videos=8)
+
+
+def test_prepare_extracts_what_is_missing_and_nothing_else(world, tmp_path, capsys):
+    config = TrainConfig(dataset="csv", data_root=str(world), encoder=register_tiny(), weights="random", features_root=str(tmp_path), device="cpu", progress=False)
+    ready = prepare(config)
+    assert ready == resolve(config) and "16 of 16 segments have no features" in capsys.readouterr().out
+    shards = sorted(tmp_path.rglob("*.safetensors"))
+    assert len(shards) == 2 * 8
+    shards[0].unlink()
+    prepare(config)
+    assert "2 of 16 segments have no features" in capsys.readouterr().out and shards[0].exists()
+    times = {s: s.stat().st_mtime_ns for s in shards}
+    prepare(config)
+    assert capsys.readouterr().out == "" and times == {s: s.stat().st_mtime_ns for s in shards}
+
+
+def test_prepare_goes_on_at_the_rate_that_the_store_has(world, tmp_path):
+    from xmic.features import extract_dataset
+    common = dict(dataset="csv", data_root=str(world), encoder=register_tiny(), weights="random", features_root=str(tmp_path), device="cpu", progress=False)
+    store, _ = extract_dataset(ExtractConfig(**common, feature_fps=5.0, workers=0))
+    next(tmp_path.rglob("full/*.safetensors")).unlink()
+    prepare(TrainConfig(**common))
+    assert {m["feature_fps"] for m in store.manifest.values()} == {5.0}
+    store.refresh()
+    assert store.verify() == [] and len(list(tmp_path.rglob("*.safetensors"))) == 16
+
+
+def test_prepare_leaves_features_without_videos_alone(world, tmp_path, capsys, monkeypatch):
+    "Training needs no videos; what is missing is counted by the run."
+    config = TrainConfig(dataset="csv", data_root=str(world), encoder=register_tiny(), weights="random", features_root=str(tmp_path), device="cpu", progress=False)
+    prepare(config)
+    next(tmp_path.rglob("hand/*.safetensors")).unlink()
+    read = experiments.read_segments
+    monkeypatch.setattr(experiments, "read_segments", lambda *a: read(*a).assign(video_path="/nowhere.mp4"))
+    capsys.readouterr()
+    prepare(config)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("given, root, encoder", [
+    ({}, "data/mini/epic", "mini-clip"),
+    (dict(encoder="ViT-B-32-quickgelu"), "data/mini/epic", "ViT-B-32-quickgelu"),
+    (dict(data_root="data/mini-large/epic"), "data/mini-large/epic", "mini-clip"),
+])
+def test_without_data_the_mini_world_is_meant(monkeypatch, tmp_path, capsys, given, root, encoder):
+    built = {}
+    module = type(sys)("xmic.mini")
+    module.build = lambda **k: built.update(k)
+    monkeypatch.setitem(sys.modules, "xmic.mini", module)
+    monkeypatch.setenv("XMIC_ROOT", str(tmp_path))
+    monkeypatch.setattr(experiments, "_extract_missing", lambda *a: None)
+    config = prepare(TrainConfig(**given))
+    assert (config.data_root, config.encoder) == (root, encoder) and config.features_root == f"features/{Path(root).parent.name}"
+    assert built["root"] == str(tmp_path / Path(root).parent) and built["size"] == experiments.world_size(root)
+    assert ("mini world" in capsys.readouterr().out) == ("data_root" not in given)
+
+
+def test_data_that_is_there_is_taken(monkeypatch, tmp_path):
+    (tmp_path / "data/epic").mkdir(parents=True)
+    monkeypatch.setenv("XMIC_ROOT", str(tmp_path))
+    monkeypatch.setattr(experiments, "_extract_missing", lambda *a: None)
+    config = prepare(TrainConfig())
+    assert config.data_root is None and config.encoder == "ViT-B-16-quickgelu" and config.features_root == "features"
+
+
+def test_table_notebooks_have_the_parameters_of_the_workflow():
+    import ast
+    import nbformat
+    for table in experiments.TABLES:
+        notebook = nbformat.read(ROOT / f"nbs/tables/table{table}.ipynb", 4)
+        (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+        assert [n.target.id for n in ast.parse(cell.source).body] == ["profile", "size", "data", "seeds", "runs_root", "out"]
+        assert f"cells({table}, made, seeds)" in "".join(c.source for c in notebook.cells)
