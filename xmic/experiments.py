@@ -53,7 +53,7 @@ class Profile:
     def root(self, dataset: str) -> str:
         return f"{self.data}/{dataset}"
 
-# %% ../nbs/20_experiments.ipynb #bc1e9cc5
+# %% ../nbs/20_experiments.ipynb #df5e271b
 WORLDS = {"default": "data/mini", "large": "data/mini-large", "tiny": "data/mini-tiny"}
 
 
@@ -70,7 +70,7 @@ def profile(
         return Profile(
             name, size, WORLDS[size], f"features/{folder}", f"runs/{folder}", "reports/mini", {"clip": dict(encoder="mini-clip")},
             extract=dict(feature_fps=8.0, workers=1, device="cpu", progress=False),
-            train=dict(epochs=30, batch_size=32, device="cpu", progress=False), note=MINI_NOTE)
+            train=dict(epochs=40, batch_size=32, lr=2e-3, device="cpu", progress=False), note=MINI_NOTE)
     if name != "paper":
         raise DataError(f"profile={name!r} is unknown: 'mini' or 'paper'{did_you_mean(name, ['mini', 'paper'])}")
     if not data:

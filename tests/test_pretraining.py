@@ -1,0 +1,167 @@
+"""The small encoders: their files, their words, what they recognise, and the data and losses that they were made with."""
+import hashlib
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from xmic import pretraining as P
+from xmic.classes import ClassSet, clean_ego4d, clean_egtea, clean_epic
+from xmic.encoders import create_encoder, fill_token_table
+from xmic.files import DataError, read_json
+from xmic.shapes import EGO4D_NOUNS, EGTEA_NOUNS, EPIC_NOUNS, NOUNS, picture
+
+WEIGHTS = Path(__file__).resolve().parents[1] / "data" / "mini" / "weights"
+SIZES = {name: size for name, size in {"mini-clip": 64, "mini-clip-large": 60, "mini-dino": 56}.items() if (WEIGHTS / f"{name}.safetensors").exists()}
+CLIPS = [name for name in SIZES if "clip" in name]
+LEVEL = {"mini-clip": 0.75, "mini-clip-large": 0.78}  # of 320 pictures; two standard errors below what was recorded
+needs_dino = pytest.mark.skipif("mini-dino" not in SIZES, reason="mini-dino has not been trained yet")
+TABLE_7 = ["{}", "Image of a {}", "Video of a {}", "Egocentric image a {}", "Image of a hand holding a {}", "Egocentric image of a hand holding {}"]
+
+
+@pytest.fixture(scope="module")
+def encoders() -> dict:
+    return {name: create_encoder(name, device="cpu") for name in SIZES}
+
+
+@pytest.fixture(scope="module")
+def unseen() -> P.Pictures:
+    "Pictures that neither training nor the record of the weights has seen."
+    return P.render(4, 2**42, size=72, workers=1)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_an_encoder_needs_nothing_but_its_name(name, encoders, unseen):
+    encoder = encoders[name]
+    assert encoder.preprocess.size == SIZES[name] and encoder.dim % 4 == 0 and encoder.activation == "GELU"
+    features = encoder.encode_frames(unseen.pixels[:5])
+    assert features.shape == (5, encoder.dim) and features.dtype == torch.float32 and features.isfinite().all()
+    torch.testing.assert_close(encoder.encode_frames(unseen.pixels[:5], batch_size=2), features, rtol=1e-4, atol=1e-4)
+    assert encoder.describe()["weights"] == f"{name}.safetensors" and not any(p.requires_grad for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_record_is_that_of_the_file(name, encoders):
+    record, file = read_json(WEIGHTS / f"{name}.record.json"), WEIGHTS / f"{name}.safetensors"
+    assert record["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest() and record["bytes"] == file.stat().st_size
+    assert record["fingerprint"] == encoders[name].fingerprint == create_encoder(name, device="cpu").fingerprint
+    assert {"settings", "minutes", "device", "versions", "command", "accuracy", "made"} <= record.keys() and "seed" in record["settings"]
+    assert all(t.dtype == torch.float16 for key, t in load_file(file).items() if key != "token_ids")
+
+
+def test_all_files_together_are_small():
+    assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) <= 10_000_000
+
+
+def class_sets() -> list[ClassSet]:
+    lists = ((clean_epic, EPIC_NOUNS), (clean_ego4d, EGO4D_NOUNS), (clean_egtea, EGTEA_NOUNS))
+    return [ClassSet([clean(key) for key in keys], list(keys)) for clean, keys in lists]
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_all_words_of_classes_and_prompts_have_a_row(name, encoders):
+    known = set(load_file(WEIGHTS / f"{name}.safetensors")["token_ids"].tolist())
+    texts = [prompt for classes in class_sets() for template in TABLE_7 for prompt in classes.prompts(template)]
+    texts += [*P.GERUNDS, *P.GERUNDS.values(), *P.vocabulary(), "X X X X"]
+    assert set(encoders[name].tokenizer(texts).unique().tolist()) <= known < set(range(49408))
+
+
+def test_an_unknown_word_gets_the_mean_row(encoders):
+    state, table = load_file(WEIGHTS / "mini-clip.safetensors"), encoders["mini-clip"].model.token_embedding.weight
+    unknown = torch.ones(len(table), dtype=torch.bool)
+    unknown[state["token_ids"].long()] = False
+    assert (table[unknown] == state["token_embedding.weight"].float().mean(0)).all()
+    assert (table[state["token_ids"].long()] == state["token_embedding.weight"].float()).all()
+
+
+@pytest.mark.parametrize("ids", ([5, 5, 6], [5, 6], [-1, 5, 6], [5, 6, 49408]), ids=("twice", "too few", "negative", "too large"))
+def test_token_ids_that_do_not_fit_are_refused(ids, encoders):
+    state = {"token_ids": torch.tensor(ids), "token_embedding.weight": torch.ones(3, 128)}
+    with pytest.raises(DataError, match="x.safetensors: its token_ids do not say"):
+        fill_token_table(state, encoders["mini-clip"].model, "x.safetensors")
+
+
+def top1(encoder, pictures, names) -> float:
+    image, text = (F.normalize(x, dim=-1) for x in (encoder.encode_frames(pictures.pixels), encoder.encode_text(names)))
+    return ((image @ text.T).argmax(1).numpy() == pictures.noun).mean()
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_zero_shot_on_unseen_pictures(name, encoders, unseen):
+    assert len(unseen) >= 200
+    assert top1(encoders[name], unseen, list(NOUNS)) > LEVEL[name]
+    assert top1(encoders[name], unseen, [f"Image of a {noun}" for noun in NOUNS]) > LEVEL[name] - 0.05
+
+
+@needs_dino
+def test_dino_sees_more_than_random_weights(encoders, unseen):
+    bank = P.render(12, P.TRAIN_SEED, size=72, workers=1)
+    def nearest(encoder):
+        a, b = (F.normalize(encoder.encode_frames(p.pixels), dim=-1) for p in (unseen, bank))
+        return (bank.noun[(a @ b.T).argmax(1)] == unseen.noun).mean()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chance = nearest(create_encoder("mini-dino", "random", "cpu"))
+    assert nearest(encoders["mini-dino"]) > chance + 0.1
+
+
+@needs_dino
+def test_dino_has_no_text_side(encoders):
+    with pytest.raises(DataError, match="mini-dino has no text side"): encoders["mini-dino"].encode_text(["cup"])
+
+
+def test_a_timm_name_needs_a_file_that_fits(tmp_path):
+    name = "vit_small_patch14_dinov2"
+    with pytest.raises(DataError, match="is a timm model: pass a file"): create_encoder(name)
+    save_file({"cls_token": torch.zeros(1, 1, 384)}, tmp_path / "x.safetensors")
+    with pytest.raises(DataError, match="missing: pos_embed"): create_encoder(name, tmp_path / "x.safetensors", "cpu")
+
+
+def test_random_weights_still_announce_themselves():
+    with pytest.warns(UserWarning, match="RANDOM"): encoder = create_encoder("mini-dino", "random", "cpu")
+    assert "random" in encoder.fingerprint
+
+
+def test_pretraining_and_worlds_draw_other_instances():
+    for noun in ("cup", "carrot"):
+        assert (picture(noun, P.TRAIN_SEED) != picture(noun, 0)).any() and (picture(noun, P.HELD_OUT_SEED) != picture(noun, P.TRAIN_SEED)).any()
+    assert min(P.TRAIN_SEED, P.HELD_OUT_SEED) >= 2**40 and P.HELD_OUT_SEED - P.TRAIN_SEED > 10**6
+
+
+def test_captions_are_true_of_their_pictures():
+    rng = np.random.default_rng(0)
+    noun, verb = rng.integers(0, len(NOUNS), 500), rng.integers(-1, len(P.GERUNDS), 500)
+    captions = P.describe(noun, verb, rng)
+    match = P.matches(noun, verb, captions)
+    assert match.diagonal().all() and match.float().mean() < 0.1
+    bare = {text for text in captions.texts if text in NOUNS}
+    assert len(bare) > 40
+
+
+def test_every_verb_of_the_lists_has_a_form():
+    from xmic.scenes import VERBS
+    assert set(VERBS) <= set(P.GERUNDS)
+
+
+def test_pictures_come_from_the_cache_unchanged(tmp_path):
+    first, again = (P.cached_pictures(tmp_path, 1, P.HELD_OUT_SEED, 32) for _ in range(2))
+    assert len(list(tmp_path.iterdir())) == 1 and all((a == b).all() for a, b in zip(vars(first).values(), vars(again).values()))
+
+
+def test_clip_loss_is_cross_entropy_where_each_caption_is_true_of_one_picture():
+    image, text = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
+    logits = 3 * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T
+    want = (F.cross_entropy(logits, torch.arange(7)) + F.cross_entropy(logits.T, torch.arange(7))) / 2
+    torch.testing.assert_close(P.clip_loss(image, text, torch.tensor(3.0), torch.eye(7, dtype=torch.bool)), want)
+
+
+def test_dino_loss_compares_each_view_with_the_teachers_of_others_only():
+    teacher = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(1))
+    student = teacher.clone().requires_grad_()
+    P.dino_loss(student, teacher, torch.zeros(9)).backward()
+    swapped = P.dino_loss(teacher.flip(0) * 2.5, teacher, torch.zeros(9))
+    assert swapped < P.dino_loss(teacher * 2.5, teacher, torch.zeros(9)) and student.grad.abs().sum() > 0
