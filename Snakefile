@@ -40,7 +40,7 @@ localrules: all, world, first_rows
 
 
 rule all:
-    input: f"{PROFILE.reports}/index.html", [f"{PROFILE.runs_root}/first_rows.md"] * bool(FIRST)
+    input: f"{PROFILE.reports}/index.html", [f"{PROFILE.runs_root}/first_rows.txt"] * bool(FIRST)
 
 
 rule world:
@@ -87,7 +87,7 @@ rule first_rows:
     message: "the first rows of Table 1"
     priority: 20
     input: [f"{PROFILE.runs_root}/{name}/metrics.json" for name in FIRST]
-    output: f"{PROFILE.runs_root}/first_rows.md"
+    output: f"{PROFILE.runs_root}/first_rows.txt"
     params: call=f"from xmic.experiments import *; print(first_rows(profile({PROFILE.name!r}, {CHOICE['size']!r}, {CHOICE['data']!r}), {PLAN.seeds}))"
     shell: "python -c {params.call:q} > {output} && cat {output}"
 

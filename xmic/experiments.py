@@ -316,18 +316,18 @@ def _cause(notebook: Path, log: Path) -> str:
     words = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()] if log.exists() else []
     return words[-1] if words else "the process ended without a word: it was killed, or ran out of memory"
 
-# %% ../nbs/20_experiments.ipynb #1f786457
+# %% ../nbs/20_experiments.ipynb #24696d94
 FIRST = ("ZS CLIP", "X-MIC")
 
 
 def first_rows(
     p: Profile,
     seeds: int = 1,
-) -> str:  # Markdown
-    "Table 1, as far as zero-shot and X-MIC go."
-    from xmic.reporting import tabulate, to_markdown
+) -> str:
+    "Table 1, as far as zero-shot and X-MIC go, for the terminal."
+    from xmic.reporting import tabulate, to_text
     own = cells(1, p, seeds)
-    return to_markdown(tabulate(own[own.method.isin(FIRST)], p.runs_root), "Table 1, first rows (top-1, per cent)", p.note)
+    return to_text(tabulate(own[own.method.isin(FIRST)], p.runs_root), "Table 1, first rows (top-1, per cent)", p.note)
 
 
 def introduction(

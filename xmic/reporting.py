@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'CELL', 'MARKS', 'plot_history', 'plot_accuracies', 'plot_segments', 'plot_views', 'scores', 'tabulate',
-           'compare', 'layout', 'to_markdown', 'to_html', 'to_latex', 'plot_table', 'links', 'write_table']
+           'compare', 'layout', 'to_text', 'to_markdown', 'to_html', 'to_latex', 'plot_table', 'links', 'write_table']
 
 # %% ../nbs/15_reporting.ipynb #c242fddc
 import os
@@ -208,8 +208,9 @@ def compare(
     joined = table.merge(theirs, on=CELL, how="left", validate="one_to_one")
     return joined.assign(difference=joined["mean"] - joined.paper)
 
-# %% ../nbs/15_reporting.ipynb #582fc5e4
+# %% ../nbs/15_reporting.ipynb #4cc74bf7
 MARKS = {
+    "text": ("{}", "{}", " ± "),
     "markdown": ("**{}**", "<u>{}</u>", " ± "),
     "html": ("<b>{}</b>", "<u>{}</u>", " ± "),
     "latex": ("\\textbf{{{}}}", "\\underline{{{}}}", " $\\pm$ "),
@@ -218,7 +219,7 @@ MARKS = {
 
 def layout(
     table: pd.DataFrame,  # as `tabulate` or `compare` gives it
-    form: str = "markdown",  # "markdown", "html" or "latex"
+    form: str = "markdown",  # "text", "markdown", "html" or "latex"
 ) -> dict[str, pd.DataFrame]:  # by source: rows of the page, columns (kind, column)
     "The cells as texts; one that has no run says so."
     pages = {}
@@ -256,7 +257,17 @@ def _texts(part: pd.DataFrame, form: str) -> list[str]:
         texts.append(text)
     return texts
 
-# %% ../nbs/15_reporting.ipynb #b06c2167
+# %% ../nbs/15_reporting.ipynb #21b4b2ce
+def to_text(
+    table: pd.DataFrame,
+    title: str = "",
+    note: str = "",  # stands below the table
+) -> str:
+    "The table for a terminal."
+    pages = [f"trained on {source}\n{page.to_string()}" for source, page in layout(table, "text").items()]
+    return "\n\n".join(part for part in [title, *pages, note] if part) + "\n"
+
+
 def to_markdown(
     table: pd.DataFrame,
     title: str = "",
