@@ -304,7 +304,7 @@ def test_a_finished_world_is_not_touched(mini):
 
 @pytest.mark.parametrize("other", [dict(size="default"), dict(size="tiny", seed=1)])
 def test_another_world_is_refused(mini, tmp_path, other):
-    with pytest.raises(DataError, match="delete the folder, or choose another root"):
+    with pytest.raises(DataError, match="world.json there, or choose another root"):
         build(mini, **other)
     (tmp_path / ".building.json").write_text((mini / "world.json").read_text())
     with pytest.raises(DataError, match="beginnings of a world"):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'STORAGES', 'OPENAI_SCALARS', 'activations', 'hash_weights', 'Encoder', 'ArchiveUnpickler',
-           'read_weights', 'load_weights', 'check_activation', 'fetch_weights', 'build_model', 'create_encoder',
-           'fill_token_table', 'ClassEmbeddings', 'embed_classes']
+           'read_weights', 'load_weights', 'check_activation', 'fetch_weights', 'build_model', 'fill_token_table',
+           'create_encoder', 'ClassEmbeddings', 'embed_classes']
 
 # %% ../nbs/07_encoders.ipynb #668a48dc
 import hashlib
@@ -408,41 +408,6 @@ def _tokenizer(name: str) -> Callable[[list[str]], Tensor]:
     except Exception as e:
         raise DataError(f"the tokenizer of {name} cannot be loaded ({type(e).__name__}: {str(e)[:200]})") from None
 
-# %% ../nbs/07_encoders.ipynb #0b413c1b
-def create_encoder(
-    name: str,  # an open_clip or timm architecture, e.g. "ViT-B-16-quickgelu", or one of the kit's, e.g. "mini-clip"
-    weights: str | Path | None = None,  # a pretrained tag, a weight file, or "random"; None: "openai", or the kit's own file
-    device: str | torch.device | None = None,  # None: cuda where there is one, else cpu
-    resize: str = "shortest",  # or "squash", see `Preprocess`
-    precision: str = "auto",  # of the image tower: "fp32", "bf16", "fp16"; "auto": bf16 on cuda, else fp32
-) -> Encoder:
-    "A frozen open_clip model, or a timm model without text, in evaluation mode. Raises `DataError` for unknown names, unfit weights, and downloads that fail."
-    name = name.replace("/", "-")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise DataError(f"device {str(device)!r}, but this machine has no usable CUDA device")
-    if precision == "auto": precision = "bf16" if device.type == "cuda" else "fp32"
-    if precision not in PRECISIONS:
-        raise DataError(f"precision {precision!r} is not one of 'auto', {', '.join(map(repr, PRECISIONS))}")
-    Preprocess(resize=resize)
-    own, weights = _own_model(name, weights)
-    if timm.is_model(own.get("architecture", name)):
-        return _timm_encoder(name, own, weights, device, resize, precision)
-    if name not in open_clip.list_models():
-        raise DataError(f"open_clip knows no model {name!r}"
-                        + (did_you_mean(name, open_clip.list_models()) or "; open_clip.list_models() lists those it knows"))
-
-    chosen, model = _which_weights(name, weights), build_model(name)
-    if chosen == "random":
-        warnings.warn(f"{name} has RANDOM weights: its features mean nothing. Use this for tests and timing only", stacklevel=2)
-        settings = _settings_of(name, None)
-    else:
-        settings = (_load_file if isinstance(chosen, Path) else _load_tag)(name, model, chosen)
-    origin = chosen.name if isinstance(chosen, Path) else chosen
-    config = open_clip.get_model_config(name)
-    return Encoder(name, model, _preprocess(name, model, resize, settings), config["embed_dim"], config, _tokenizer(name), origin,
-                   precision, device)
-
 # %% ../nbs/07_encoders.ipynb #0eb0dabc
 def _own_model(
     name: str,
@@ -494,6 +459,41 @@ def _timm_encoder(
     settings = {**model.pretrained_cfg, **config.get("pretrained_cfg", {})}
     preprocess = Preprocess(model.patch_embed.img_size[0], resize, settings["interpolation"], tuple(settings["mean"]), tuple(settings["std"]))
     return Encoder(name, model, preprocess, model.num_features, config, None, Path(weights).name, precision, device)
+
+# %% ../nbs/07_encoders.ipynb #0b413c1b
+def create_encoder(
+    name: str,  # an open_clip or timm architecture, e.g. "ViT-B-16-quickgelu", or one of the kit's, e.g. "mini-clip"
+    weights: str | Path | None = None,  # a pretrained tag, a weight file, or "random"; None: "openai", or the kit's own file
+    device: str | torch.device | None = None,  # None: cuda where there is one, else cpu
+    resize: str = "shortest",  # or "squash", see `Preprocess`
+    precision: str = "auto",  # of the image tower: "fp32", "bf16", "fp16"; "auto": bf16 on cuda, else fp32
+) -> Encoder:
+    "A frozen open_clip model, or a timm model without text, in evaluation mode. Raises `DataError` for unknown names, unfit weights, and downloads that fail."
+    name = name.replace("/", "-")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DataError(f"device {str(device)!r}, but this machine has no usable CUDA device")
+    if precision == "auto": precision = "bf16" if device.type == "cuda" else "fp32"
+    if precision not in PRECISIONS:
+        raise DataError(f"precision {precision!r} is not one of 'auto', {', '.join(map(repr, PRECISIONS))}")
+    Preprocess(resize=resize)
+    own, weights = _own_model(name, weights)
+    if timm.is_model(own.get("architecture", name)):
+        return _timm_encoder(name, own, weights, device, resize, precision)
+    if name not in open_clip.list_models():
+        raise DataError(f"open_clip knows no model {name!r}"
+                        + (did_you_mean(name, open_clip.list_models()) or "; open_clip.list_models() lists those it knows"))
+
+    chosen, model = _which_weights(name, weights), build_model(name)
+    if chosen == "random":
+        warnings.warn(f"{name} has RANDOM weights: its features mean nothing. Use this for tests and timing only", stacklevel=2)
+        settings = _settings_of(name, None)
+    else:
+        settings = (_load_file if isinstance(chosen, Path) else _load_tag)(name, model, chosen)
+    origin = chosen.name if isinstance(chosen, Path) else chosen
+    config = open_clip.get_model_config(name)
+    return Encoder(name, model, _preprocess(name, model, resize, settings), config["embed_dim"], config, _tokenizer(name), origin,
+                   precision, device)
 
 # %% ../nbs/07_encoders.ipynb #f09e1e49
 @dataclass(frozen=True, eq=False)
