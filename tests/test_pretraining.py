@@ -159,9 +159,26 @@ def test_clip_loss_is_cross_entropy_where_each_caption_is_true_of_one_picture():
     torch.testing.assert_close(P.clip_loss(image, text, torch.tensor(3.0), torch.eye(7, dtype=torch.bool)), want)
 
 
-def test_dino_loss_compares_each_view_with_the_teachers_of_others_only():
-    teacher = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(1))
-    student = teacher.clone().requires_grad_()
-    P.dino_loss(student, teacher, torch.zeros(9)).backward()
-    swapped = P.dino_loss(teacher.flip(0) * 2.5, teacher, torch.zeros(9))
-    assert swapped < P.dino_loss(teacher * 2.5, teacher, torch.zeros(9)) and student.grad.abs().sum() > 0
+def test_crops_reach_no_further_than_asked_and_every_picture_its_own():
+    ramp = torch.arange(32, dtype=torch.uint8).mul(8).expand(64, 32, 32)[..., None].expand(-1, -1, -1, 3)
+    out = P.crop(ramp, 16, (0.5, 0.5), generator=torch.Generator().manual_seed(0))
+    span = (out.amax((1, 2, 3)) - out.amin((1, 2, 3))) / (ramp.max() / 255)
+    assert 0.3 < span.min() and span.max() < 0.62 and len({round(float(x.mean()), 4) for x in out}) > 50
+
+
+def test_beyond_a_thing_there_is_only_ground():
+    thing, ground = torch.zeros(8, 32, 32, 4, dtype=torch.uint8), torch.full((8, 24, 24, 3), 200, dtype=torch.uint8)
+    thing[:, 8:24, 8:24] = torch.tensor([0, 0, 0, 255], dtype=torch.uint8)
+    x = P.crop(thing, 32, (1.4, 1.4), 0.3, "zeros", torch.Generator().manual_seed(0))
+    share = x[:, 3].mean((1, 2))
+    assert (share > 0.08).all() and (share < 0.2).all() and not x[:, :3].any()
+    view = P.pasted_view(thing, ground, 32, torch.Generator().manual_seed(0))
+    assert (view.amax((1, 2, 3)) - view.amin((1, 2, 3)) > 0.3).all() and not torch.equal(view[0], view[1])
+
+
+def test_recolouring_leaves_shape_and_range():
+    x = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    out = P.recolour(x, 0.25, 0.3, 0.2, torch.Generator().manual_seed(0))
+    grey = (out.std(1).amax((1, 2)) < 1e-6).sum()
+    assert out.shape == x.shape and 0 <= out.min() and out.max() <= 1 and 2 <= grey <= 16
+    torch.testing.assert_close(P.recolour(x, 0.0), x)
