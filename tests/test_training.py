@@ -10,11 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from world import kill_and_resume, register_tiny
-from xmic.encoders import create_encoder
+from xmic.encoders import ClassEmbeddings, create_encoder
 from xmic.evaluation import accuracy, mean_per_class, restricted_top1, top1
 from xmic.features import dataset_store, shard_name, write_shard
 from xmic.files import DataError, settings, write_json
-from xmic.training import EvaluateConfig, RunResult, TrainConfig, evaluate_run, held_out_videos, learning_rate, resolve, run_name, train
+from xmic.recognizer import Recognizer
+from xmic.streams import Batch
+from xmic.training import (EvaluateConfig, RunResult, TrainConfig, evaluate_run, held_out_videos, learning_rate, resolve, run_name, subsample,
+                           train)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
 NOUNS, VERBS = ["pan", "knife", "tap", "cup"], ["take", "put", "wash"]
@@ -72,6 +75,10 @@ def test_learning_rates_equal_the_reference(golden):
     for case in json.loads((golden / "lr_schedule.json").read_text())["xmic"]:
         c = case["config"]
         ours = [learning_rate(e, c["lr"], max(c["warmup_epoch"], 0), c["warmup_min_lr"]) for e in range(1, c["max_epoch"] + 1)]
+        np.testing.assert_allclose(ours, case["lr"], rtol=1e-12)
+    for case in json.loads((golden / "lr_schedule.json").read_text())["coop_family"]:
+        c = case["config"]
+        ours = [learning_rate(e, c["lr"], c["warmup_epoch"], c["warmup_cons_lr"], c["max_epoch"]) for e in range(1, c["max_epoch"] + 1)]
         np.testing.assert_allclose(ours, case["lr"], rtol=1e-12)
 
 
@@ -243,6 +250,162 @@ def test_every_switch_trains(config):
                     dict(precision="bf16"), dict(train_scale=True), dict(normalize_frames=True), dict(context_encoder=register_tiny(), context_weights="random")):
         run = train(replace(config, epochs=2, **changes))
         assert np.isfinite(run.history.loss).all()
+
+
+# Methods that learn prompts
+
+PROMPTED = {  # at a size that the tiny text tower of 16 tokens can read
+    "coop": dict(method="coop", prompt_length=4, optimizer="adamw", betas=[0.9, 0.999], lr=0.03), "cocoop": dict(method="cocoop", lr=0.1),
+    "a5": dict(method="a5", prompt_length=3, heads=2, temporal_layers=1, lr=3e-3)}
+prompted = pytest.mark.parametrize("settings", PROMPTED.values(), ids=PROMPTED)
+
+
+@prompted
+def test_prompts_learn_and_are_all_that_is_saved(config, settings):
+    run = train(replace(config, epochs=20, **settings))
+    assert run.history.loss.iloc[-1] < 0.9 * run.history.loss.iloc[0]
+    assert run.metrics["parameters"] == {"coop": 4 * 32, "cocoop": 4 * 32 + 32 * 2 + 2 + 2 * 32 + 32, "a5": (16 + 16) * 32 + 12 * 32 * 32 + 13 * 32}[run.config.method]
+    frozen = 0 if run.config.method == "a5" else 1  # the logit scale
+    assert sum(w.numel() for w in weights(run).values()) == run.metrics["parameters"] + frozen
+    assert run.metrics["results"]["csv"]["noun"]["top1"]["count"] == 20
+
+
+@prompted
+@pytest.mark.parametrize("more", [dict(), dict(labels="both", class_subsample=3, micro_batch=3, selection="source validation", validation_fraction=0.3)], ids=["plain", "all switches"])
+def test_prompts_interrupted_go_on_to_the_same_weights(config, settings, more, monkeypatch):
+    from xmic.training import Trainer
+    config = replace(config, **settings, **more)
+    whole, original = train(replace(config, name="whole")), Trainer.run_epoch
+
+    def once(self):
+        if self.epoch == stop_at:
+            raise KeyboardInterrupt
+        return original(self)
+
+    for stop_at in (1, 3):
+        monkeypatch.setattr(Trainer, "run_epoch", once)
+        with pytest.raises(KeyboardInterrupt):
+            train(replace(config, name="broken"))
+    monkeypatch.setattr(Trainer, "run_epoch", original)
+    broken = train(replace(config, name="broken"))
+    assert same(whole, broken) and whole.metrics["results"] == broken.metrics["results"]
+    assert same(whole, train(replace(config, name="again"))) and not same(whole, train(replace(config, name="other", seed=1)))
+
+
+@prompted
+def test_prompts_are_said_around_the_names_of_a_target(made, config, settings, monkeypatch):
+    from xmic import training
+    make_dataset(made / "ego4d", made / "features", "ego4d", nouns=["pan", "cup", "cordless drill"], verbs=["take", "screw"], seed=3)
+    segments, classes = training.read_segments, training.read_classes
+    monkeypatch.setattr(training, "read_segments", lambda d, root, split: segments("csv", root, split))
+    monkeypatch.setattr(training, "read_classes", lambda d, root, kind: classes("csv", root, kind))
+    run = train(replace(config, targets=["ego4d"], central_seconds=0.0, **settings))
+    assert run.metrics["results"]["ego4d"]["noun"]["novel"]["count"] > 0
+    elsewhere = evaluate_run(EvaluateConfig(run=str(run.folder), datasets=["ego4d"], device="cpu"))
+    assert elsewhere.metrics["results"] == run.metrics["results"]
+    with pytest.raises(DataError, match="leave it at '{}'"):
+        evaluate_run(EvaluateConfig(run=str(run.folder), template="a photo of a {}", device="cpu"))
+
+
+@prompted
+def test_prompts_train_in_parts_and_in_bf16(config, settings):
+    whole, parts = (train(replace(config, name=n, micro_batch=m, **settings)) for n, m in (("whole", 0), ("parts", 3)))
+    for name, weight in weights(whole).items():
+        torch.testing.assert_close(weights(parts)[name], weight, rtol=1e-2, atol=1e-3, msg=name)
+    assert np.allclose(whole.history.loss, parts.history.loss, rtol=1e-3)
+    mixed = train(replace(config, precision="bf16", text_memory=1e-6, **settings))
+    assert np.isfinite(mixed.history.loss).all() and all(w.dtype == torch.float32 for w in weights(mixed).values())
+
+
+def test_prompts_of_single_classes_serve_the_source(made, config):
+    run = train(replace(config, labels="both", **PROMPTED["coop"], prompt_per_class=True))
+    assert weights(run)["prompts.vectors"].shape == (7, 4, 32)
+    assert evaluate_run(EvaluateConfig(run=str(run.folder), device="cpu")).metrics["results"] == run.metrics["results"]
+
+
+def test_every_layout_of_coop_trains(config):
+    for changes in (dict(prompt_position="front"), dict(prompt_position="middle"), dict(prompt_init="a photo of a"), dict(prompt_period=False, train_logit_scale=True),
+                    dict(optimizer="sgd", schedule="constant"), dict(normalize_frames=True)):
+        run = train(replace(config, **{**PROMPTED["coop"], "prompt_length": None if "prompt_init" in changes else 4, "epochs": 2, **changes}))
+        assert np.isfinite(run.history.loss).all()
+
+
+def test_subsampled_classes_hold_those_of_the_batch():
+    rng = np.random.default_rng(0)
+    for size in (1, 5, 40, 100, 300):
+        given = rng.integers(0, 100, 16)
+        chosen = subsample(given, 100, size, rng)
+        assert set(given) <= set(chosen) and len(chosen) == min(100, max(size, len(set(given)))) and (np.diff(chosen) > 0).all()
+        assert (chosen[np.searchsorted(chosen, given)] == given).all()
+
+
+def test_baselines_are_trained_as_they_were_published():
+    for method in ("coop", "cocoop"):
+        for recipe in ("release", "paper"):
+            c = resolve(TrainConfig(method=method, recipe=recipe))
+            assert (c.optimizer, c.momentum, c.lr, c.schedule, c.warmup_epochs, c.warmup_lr, c.weight_decay) == ("sgd", 0.9, 2e-3, "cosine", 1, 1e-5, 5e-4)
+            assert c.train_logit_scale is False and c.classified_view == resolve(TrainConfig(recipe=recipe)).classified_view
+    assert resolve(TrainConfig(method="cocoop")).prompt_init == "a photo of a" and resolve(TrainConfig(method="coop", lr=0.1)).lr == 0.1
+    c = resolve(TrainConfig(method="a5"))
+    assert (c.optimizer, c.lr, c.schedule, c.warmup_epochs, c.weight_decay, c.heads, c.temporal_layers, c.temperature) == ("adamw", 1e-4, "constant", 0, 0.01, 8, 2, 0.07)
+    c = resolve(TrainConfig())
+    assert (c.optimizer, c.schedule, c.warmup_lr, c.weight_decay, c.heads) == ("adamw", "constant", 1e-7, 0.01, 4)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(method="coop", template="a photo of a {}"), "leave it at '{}'"), (dict(method="coop", prompt_per_class=True, targets=["ego4d"]), "say nothing of those of ego4d"),
+    (dict(prompt_length=4), "xmic learns no prompts"), (dict(method="a5", prompt_init="a photo of a"), "start at random"), (dict(method="cocoop", prompt_position="front"), "of coop alone"),
+    (dict(method="coop", prompt_length=0), "prompt_length=0"), (dict(method="coop", prompt_position="back"), "prompt_position='back'"), (dict(optimizer="adam"), "did you mean 'adamw'"),
+    (dict(method="a5", context_encoder="x"), "no conditioning stream"), (dict(class_subsample=-1), "class_subsample=-1"), (dict(method="cop"), "did you mean 'coop'"),
+    (dict(adapter_branches="video"), "adapter_branches='video'"), (dict(adapter_ratio=1.2), "must be between 0 and 1"), (dict(method="clip_adapter_temporal", temporal_layers=0), "is clip_adapter")])
+def test_contradicting_settings_of_baselines_are_refused_before_any_work(config, changes, message):
+    with pytest.raises(DataError) as e:
+        train(replace(config, **changes))
+    assert message in str(e.value) and not Path(config.runs_root).exists()
+
+
+def test_words_and_length_that_disagree_are_refused(config):
+    with pytest.raises(DataError, match="4 tokens, but 5"):
+        train(replace(config, method="cocoop", prompt_length=5))
+
+
+@prompted
+def test_a_recognizer_takes_learned_prompts(config, settings, tmp_path):
+    run = train(replace(config, labels="both", epochs=2, **settings))
+    recognizer = Recognizer.from_pretrained(run.folder, device="cpu")
+    recognizer.save_pretrained(tmp_path / "saved")
+    again = Recognizer.from_pretrained(tmp_path / "saved", device="cpu")
+    batch, classes = Batch(torch.randn(2, 16, 32)), ClassEmbeddings(("drill", "screw driver"), torch.zeros(2, 32))
+    with torch.no_grad():
+        answers = [r.methods[kind](batch, classes) for r in (recognizer, again) for kind in ("noun", "verb")]
+    assert all(torch.equal(a, answers[0]) for a in answers) and answers[0].shape == (2, 2)
+
+
+# CLIP-Adapter
+
+@pytest.mark.parametrize("method", ["clip_adapter", "clip_adapter_temporal"])
+def test_feature_adapters_train_resume_and_meet_a_target(made, config, method, monkeypatch):
+    from xmic import training
+    config = replace(config, method=method, lr=0.1 if method == "clip_adapter" else 3e-3, epochs=8)
+    run = train(replace(config, name="whole"))
+    assert run.history.loss.iloc[-1] < 0.9 * run.history.loss.iloc[0]
+    assert run.metrics["parameters"] == 2 * 2 * 32 * 8 + (method == "clip_adapter_temporal") * (2 * (4 * 32 * 32 + 2 * 32 * 8 + 8 + 9 * 32) + 16 * 32)
+    original = training.Trainer.run_epoch
+
+    def until(self):
+        if self.epoch == 5:
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(training.Trainer, "run_epoch", until)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(config, name="broken"))
+    monkeypatch.setattr(training.Trainer, "run_epoch", original)
+    assert same(run, train(replace(config, name="broken")))
+    elsewhere = evaluate_run(EvaluateConfig(run=str(run.folder), template="a photo of a {}", device="cpu"))
+    assert elsewhere.metrics["results"]["csv"]["noun"]["top1"]["count"] == 20
+    c = resolve(TrainConfig(method=method))
+    assert (c.optimizer, c.lr, c.train_logit_scale) == (("sgd", 2e-3, False) if method == "clip_adapter" else ("adamw", 5e-4, False))
 
 
 def test_accuracies_and_their_intervals():

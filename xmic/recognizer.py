@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recognition', 'Recognizer']
 
-# %% ../nbs/16_recognizer.ipynb #b72ba406
+# %% ../nbs/16_recognizer.ipynb #610103f9
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from .encoders import Encoder, create_encoder, embed_classes
 from .files import DataError, read_json, settings, whole_file, write_json
 from .hands import HandBoxes
 from .streams import Batch
-from .training import TrainConfig, build_method
+from .training import CONDITIONED, TrainConfig, build_method, text_tower
 from .video import VideoInfo, frame_indices, frame_times, probe, read_frames
 
 # %% ../nbs/16_recognizer.ipynb #befb0727
@@ -113,7 +113,7 @@ def _notes(frames: _Frames, zero_shot: list[str], encoder: Encoder) -> list[str]
         notes.append("RANDOM encoder weights: the answer means nothing")
     return notes
 
-# %% ../nbs/16_recognizer.ipynb #20178ece
+# %% ../nbs/16_recognizer.ipynb #461f9d11
 class Recognizer:
     "A frozen CLIP with trained adapters, for videos and class lists of any kind."
 
@@ -144,7 +144,7 @@ class Recognizer:
         for kind, (config, path) in saved.items():
             if not path.is_file():
                 raise DataError(f"{path}: no such file; {folder} is neither a finished run nor a saved recognizer")
-            methods[kind] = build_method(config, encoder.dim, context.dim, float(encoder.logit_scale))
+            methods[kind] = build_method(config, encoder.dim, context.dim, float(encoder.logit_scale), text_tower(config, encoder))
             methods[kind].load_state_dict(load_file(path))
         return cls(encoder, methods, {kind: config for kind, (config, _) in saved.items()}, context)
 
@@ -197,7 +197,7 @@ class Recognizer:
             batch = Batch(classified)
             adapted = plain = score(self.zero_shot, batch)
             if kind in self.methods:
-                if config.method != "zero_shot":
+                if config.method in CONDITIONED:
                     batch = Batch(classified, torch.stack([frames.encode(self.context, v) for v in config.context_views], dim=2))
                 adapted = score(self.methods[kind], batch)
         table = pd.DataFrame(dict(name=names.names, score=adapted, zero_shot=plain))
