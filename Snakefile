@@ -55,7 +55,7 @@ rule extract:
     message: "features: {wildcards.store}"
     input:
         lambda w: [WORLD, *weights(w.store)] if MINI else [ancient(path) for path in ANNOTATIONS[w.store]],
-        notebook=ancient("nbs/extract.ipynb"),
+        notebook=lambda w: ancient(f"nbs/{PLAN.stores[w.store].notebook}.ipynb"),
     output: touch(f"{PROFILE.features_root}/jobs/{{store}}/done")
     log: notebook=f"{PROFILE.features_root}/jobs/{{store}}/extract.ipynb", text=f"{PROFILE.features_root}/jobs/{{store}}/job.log"
     params: settings=lambda w: json.dumps(PLAN.stores[w.store].parameters)

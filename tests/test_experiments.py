@@ -94,7 +94,7 @@ def test_what_cannot_be_planned_is_said(call, words):
 
 def test_failures_name_cause_and_place(tmp_path):
     made = plan(replace(profile(), runs_root=f"{tmp_path}/runs", features_root=f"{tmp_path}/features", reports=f"{tmp_path}/reports"), "3")
-    error, killed, silent, done, *_ = [Path(made.folder(n)) for n in [*made.runs, *made.stores]]
+    error, killed, silent, done, *_ = [Path(made.folder(n)) for n in [*list(made.runs)[:3], *made.stores]]
     write_json(error / "train.ipynb", {"cells": [{"outputs": [{"output_type": "error", "ename": "DataError", "evalue": "no videos"}]}]})
     killed.mkdir(parents=True), (killed / "job.log").write_text("Executing\nKilled\n")
     silent.mkdir(parents=True), (silent / "job.log").write_text("")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from world import kill_and_resume, register_tiny
+from world import kill_and_resume, register_tiny, write_world
 from xmic.encoders import ClassEmbeddings, create_encoder
 from xmic.evaluation import accuracy, mean_per_class, restricted_top1, top1
 from xmic.features import dataset_store, shard_name, write_shard
@@ -420,3 +420,49 @@ def test_accuracies_and_their_intervals():
     per_class = mean_per_class(np.array([True, False, True]), np.array([0, 0, 7]), rng)
     assert per_class["value"] == 75.0 and per_class["classes"] == 2
     assert accuracy(right[:0], rng)["value"] is None
+
+
+# Vita-CLIP, from pixels to metrics
+
+@pytest.fixture(scope="module")
+def filmed(tmp_path_factory) -> Path:
+    from xmic.features import ExtractConfig
+    from xmic.frames import store_dataset
+    folder = tmp_path_factory.mktemp("filmed")
+    segments = pd.read_csv(write_world(folder / "csv") / "segments.csv")
+    segments.assign(split=np.where(segments.video_id.isin(["v0", "v1", "v2"]), "test", "train")).to_csv(folder / "csv/segments.csv", index=False)
+    store_dataset(ExtractConfig(dataset="csv", data_root=str(folder / "csv"), features_root=str(folder / "features"), encoder=register_tiny(),
+                                weights="random", workers=0, progress=False), "hand")
+    return folder
+
+
+def test_vita_clip_trains_resumes_and_is_recognised_with(filmed, tmp_path, monkeypatch):
+    from xmic import training
+    config = TrainConfig(dataset="csv", data_root=str(filmed / "csv"), features_root=str(filmed / "features"), encoder=register_tiny(),
+                         weights="random", runs_root=str(tmp_path / "runs"), device="cpu", epochs=20, batch_size=5, micro_batch=2, frames=4, lr=3e-2,
+                         crop_scale=0.5, flip=True, method="vita_clip", progress=False)
+    run = train(replace(config, name="whole"))
+    assert run.history.loss.iloc[-3:].mean() < 0.8 * run.history.loss.iloc[0] and run.metrics["results"]["csv"]["noun"]["top1"]["count"] == 6
+    assert run.metrics["parameters"] == sum(v.numel() for k, v in weights(run).items() if "cls_proj" not in k)
+    original = training.Trainer.run_epoch
+
+    def until(self):
+        if self.epoch == 7:
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(training.Trainer, "run_epoch", until)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(config, name="broken"))
+    monkeypatch.setattr(training.Trainer, "run_epoch", original)
+    assert same(run, train(replace(config, name="broken")))
+    answer = Recognizer.from_pretrained(run.folder, "cpu").predict(filmed / "csv/videos/v0.mp4", nouns=["pan", "knife", "spoon"])
+    assert set(answer.nouns.name) == {"pan", "knife", "spoon"} and not np.allclose(answer.nouns.score, answer.nouns.zero_shot)
+
+
+def test_vita_clip_without_frames_says_what_to_run(filmed, tmp_path):
+    config = TrainConfig(dataset="csv", data_root=str(filmed / "csv"), features_root=str(tmp_path), encoder=register_tiny(), weights="random",
+                         runs_root=str(tmp_path / "runs"), device="cpu", method="vita_clip", progress=False)
+    with pytest.raises(DataError, match="holds no frames"): train(config)
+    with pytest.raises(DataError, match="double_shift moves the conditioning stream"): resolve(replace(config, dataset="ego4d", double_shift=True))
+    with pytest.raises(DataError, match="crop_scale=0 is a share"): resolve(replace(config, crop_scale=0))

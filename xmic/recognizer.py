@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recognition', 'Recognizer']
 
-# %% ../nbs/21_recognizer.ipynb #610103f9
+# %% ../nbs/21_recognizer.ipynb #320b2a4d
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from .encoders import Encoder, create_encoder, embed_classes
 from .files import DataError, read_json, settings, whole_file, write_json
 from .hands import HandBoxes
 from .streams import Batch
-from .training import CONDITIONED, TrainConfig, build_method, text_tower
+from .training import CONDITIONED, PIXELS, TrainConfig, build_method, text_tower
 from .video import VideoInfo, frame_indices, frame_times, probe, read_frames
 
 # %% ../nbs/21_recognizer.ipynb #befb0727
@@ -66,7 +66,7 @@ def _stretch(video: str | Path, info: VideoInfo, start: float | None, stop: floa
     return SimpleNamespace(segment_id=name, video_id=name, start_sec=begin, stop_sec=end,
                            start_frame=int(begin * info.fps) + 1, stop_frame=int(end * info.fps) + 1)
 
-# %% ../nbs/21_recognizer.ipynb #2d698e60
+# %% ../nbs/21_recognizer.ipynb #0d3467da
 @dataclass
 class _Frames:
     "Sampled frames, and the hand box of each."
@@ -80,6 +80,9 @@ class _Frames:
         images = read_frames(video, numbers, backend)
         height, width = images.shape[1:3]
         return cls(numbers.tolist(), images, [boxes.box(segment, int(n), info, width, height) if boxes else None for n in numbers])
+
+    def pixels(self, encoder: Encoder, view: str) -> Tensor:  # (1, T, S, S, 3) uint8
+        return torch.from_numpy(encoder.preprocess.pixels(self.images, self.boxes if view == "hand" else None))[None].to(encoder.device)
 
     def encode(self, encoder: Encoder, view: str) -> Tensor:  # (1, T, D)
         return encoder.encode_frames(self.images, boxes=self.boxes if view == "hand" else None)[None]
@@ -113,7 +116,7 @@ def _notes(frames: _Frames, zero_shot: list[str], encoder: Encoder) -> list[str]
         notes.append("RANDOM encoder weights: the answer means nothing")
     return notes
 
-# %% ../nbs/21_recognizer.ipynb #461f9d11
+# %% ../nbs/21_recognizer.ipynb #62413621
 class Recognizer:
     "A frozen CLIP with trained adapters, for videos and class lists of any kind."
 
@@ -144,7 +147,7 @@ class Recognizer:
         for kind, (config, path) in saved.items():
             if not path.is_file():
                 raise DataError(f"{path}: no such file; {folder} is neither a finished run nor a saved recognizer")
-            methods[kind] = build_method(config, encoder.dim, context.dim, float(encoder.logit_scale), text_tower(config, encoder))
+            methods[kind] = build_method(config, encoder.dim, context.dim, float(encoder.logit_scale), text_tower(config, encoder), encoder=encoder)
             methods[kind].load_state_dict(load_file(path))
         return cls(encoder, methods, {kind: config for kind, (config, _) in saved.items()}, context)
 
@@ -190,13 +193,16 @@ class Recognizer:
 
     def _scores(self, kind: str, names: ClassSet, config: TrainConfig, frames: _Frames) -> pd.DataFrame:
         "All names of one kind, the best first."
-        classified = frames.encode(self.encoder, config.classified_view or "full")
+        view = config.classified_view or "full"
+        classified = frames.encode(self.encoder, view)
         text = embed_classes(self.encoder, names.prompts(config.template))
         score = lambda method, batch: method(batch, text).softmax(-1)[0].double().cpu().numpy() * 100
         with torch.inference_mode():
             batch = Batch(classified)
             adapted = plain = score(self.zero_shot, batch)
             if kind in self.methods:
+                if config.method in PIXELS:
+                    batch = Batch(frames.pixels(self.encoder, view))
                 if config.method in CONDITIONED:
                     batch = Batch(classified, torch.stack([frames.encode(self.context, v) for v in config.context_views], dim=2))
                 adapted = score(self.methods[kind], batch)
