@@ -55,9 +55,10 @@ class Profile:
     def root(self, dataset: str) -> str:
         return f"{self.data}/{dataset}"
 
-# %% ../nbs/25_experiments.ipynb #dd37eb3c
+# %% ../nbs/25_experiments.ipynb #3e3f9677
 MINI_METHODS: dict[str, dict] = {
     "xmic": dict(lr=2e-3),
+    "cocoop": dict(epochs=10),
     "vita_clip": dict(frames=8, epochs=5),
 }
 PAPER_METHODS: dict[str, dict] = {"vita_clip": dict(batch_size=256, micro_batch=16)}  # as published
@@ -333,7 +334,7 @@ def _cause(notebook: Path, log: Path) -> str:
     words = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()] if log.exists() else []
     return words[-1] if words else "the process ended without a word: it was killed, or ran out of memory"
 
-# %% ../nbs/25_experiments.ipynb #24696d94
+# %% ../nbs/25_experiments.ipynb #c397effe
 FIRST = ("ZS CLIP", "X-MIC")
 
 
@@ -363,7 +364,7 @@ def introduction(
             + (f"mean ± standard deviation over {made.seeds} seeds. " if several else "one seed, so differences of a few points mean nothing. ")
             + "Models are those of the last epoch; no target data chose them. The last lines of a table say how many segments were counted, and the level "
               "of chance. A cell without a run says so. Bold is the best of a column, underlined the second.\n\n"
-            + " · ".join(f"[Table {n}](#table{n})" for n in made.tables) + " · [What was encoded](#encoded) · [What was recognised](#recognised)")
+            + " · ".join(f"[Table {n}](#table{n})" for n in made.tables) + " · [What a step costs](#costs) · [What was encoded](#encoded) · [What was recognised](#recognised)")
 
 # %% ../nbs/25_experiments.ipynb #b7b9707a
 def world_size(
