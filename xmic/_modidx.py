@@ -796,4 +796,10 @@ d = { 'settings': { 'branch': 'main',
                            'xmic.vita.VitaVision.forward': ('vita.html#vitavision.forward', 'xmic/vita.py'),
                            'xmic.vita._block': ('vita.html#_block', 'xmic/vita.py'),
                            'xmic.vita._check_tower': ('vita.html#_check_tower', 'xmic/vita.py'),
-                           'xmic.vita._mlp': ('vita.html#_mlp', 'xmic/vita.py')}}}
+                           'xmic.vita._mlp': ('vita.html#_mlp', 'xmic/vita.py')},
+            'xmic.warm': { 'xmic.warm._become_kernel': ('warm.html#_become_kernel', 'xmic/warm.py'),
+                           'xmic.warm._connect': ('warm.html#_connect', 'xmic/warm.py'),
+                           'xmic.warm._server': ('warm.html#_server', 'xmic/warm.py'),
+                           'xmic.warm.address': ('warm.html#address', 'xmic/warm.py'),
+                           'xmic.warm.kernel': ('warm.html#kernel', 'xmic/warm.py'),
+                           'xmic.warm.serve': ('warm.html#serve', 'xmic/warm.py')}}}
