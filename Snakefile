@@ -57,15 +57,23 @@ rule world:
 
 rule extract:
     message: "features: {wildcards.store}"
+    wildcard_constraints: store=one_of(name for name, store in PLAN.stores.items() if store.notebook == "extract")
     input:
         lambda w: [WORLD, *weights(w.store)] if MINI else [ancient(path) for path in ANNOTATIONS[w.store]],
         notebook=lambda w: ancient(f"nbs/{PLAN.stores[w.store].notebook}.ipynb"),
+    priority: 5
     output: touch(f"{PROFILE.features_root}/jobs/{{store}}/done")
     log: notebook=f"{PROFILE.features_root}/jobs/{{store}}/extract.ipynb", text=f"{PROFILE.features_root}/jobs/{{store}}/job.log"
     params: settings=lambda w: json.dumps(PLAN.stores[w.store].parameters)
     threads: PROFILE.threads
     resources: gpu=PROFILE.gpus
     shell: PAPERMILL
+
+
+use rule extract as store_frames with:
+    message: "frames: {wildcards.store}"
+    wildcard_constraints: store=one_of(name for name, store in PLAN.stores.items() if store.notebook == "store_frames")
+    priority: 0
 
 
 rule run:

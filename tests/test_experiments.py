@@ -146,7 +146,7 @@ def test_the_paper_profile_plans_every_job_on_the_real_annotation_files(shared_d
     made = plan(profile("paper", data=str(root)), "all", 3)
     assert all(Path(f).is_file() for s in made.stores.values() for f in annotations(made.profile, s))
     jobs = planned(dry_run("profile=paper", f"data={root}", "seeds=3"))
-    assert jobs["run"] + jobs["first_run"] == len(made.runs) and jobs["extract"] == len(made.stores) == 10 and jobs["table"] == len(experiments.TABLES)
+    assert jobs["run"] + jobs["first_run"] == len(made.runs) and jobs["extract"] + jobs["store_frames"] == len(made.stores) == 10 and jobs["table"] == len(experiments.TABLES)
     (root / "egtea/action_annotation/noun_idx.txt").unlink()
     failed = dry_run("profile=paper", f"data={root}")
     assert failed.returncode != 0 and "expected noun_idx.txt" in failed.stdout + failed.stderr
