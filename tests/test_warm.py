@@ -64,6 +64,14 @@ def test_an_error_ends_the_run_and_is_in_the_notebook(tmp_path, environ):
     assert names == ["ZeroDivisionError"]
 
 
+def test_figures_are_shown(tmp_path, environ):
+    code = "import sys; print('matplotlib.pyplot' in sys.modules)\nfrom IPython.display import display\nimport matplotlib.pyplot as plt\nfigure, _ = plt.subplots()"
+    assert start(tmp_path, environ, code + "\ndisplay(figure)", "plt.plot([1, 2])").wait(100) == 0
+    cells = nbformat.read(tmp_path / "out.ipynb", 4).cells
+    assert cells[0].outputs[0].text.strip() == "True"
+    assert ["image/png" in o.get("data", {}) for c in cells for o in c.outputs if o.output_type == "display_data"] == [True, True, True]
+
+
 def test_workers_of_a_kernel_start_as_usual(tmp_path, environ):
     code = "from multiprocessing import get_context\nfrom math import sqrt\nwith get_context('spawn').Pool(1) as pool: print(pool.map(sqrt, [4, 9]))"
     assert start(tmp_path, environ, code).wait(100) == 0 and outputs(tmp_path)[0].strip() == "[2.0, 3.0]"
@@ -94,7 +102,7 @@ def test_other_code_has_another_address(monkeypatch, tmp_path):
 def test_without_a_server_an_ordinary_kernel_takes_its_place(tmp_path, environ):
     broken = tmp_path / "broken"
     broken.mkdir()
-    (broken / "matplotlib_inline.py").write_text("raise ImportError('not here')")
+    (broken / "cv2.py").write_text("raise ImportError('not here')")
     (tmp_path / "t").mkdir()
     code = "import os, sys; print('torch' in sys.modules)"
     job = start(tmp_path, environ | {"TMPDIR": str(tmp_path / "t"), "PYTHONPATH": str(broken)}, code)

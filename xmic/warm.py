@@ -30,7 +30,7 @@ def address() -> Path:
     key = json.dumps([sys.executable, __file__, here, [os.environ.get(name) for name in THREADS]])
     return Path(tempfile.gettempdir()) / f"xmic-{os.getuid()}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.sock"
 
-# %% ../nbs/28_warm.ipynb #513b24e8
+# %% ../nbs/28_warm.ipynb #0f4a27ca
 def _become_kernel(wanted: dict, streams: list[int]) -> None:
     "Turns a fresh fork into the kernel that was asked for."
     code = 1
@@ -42,7 +42,7 @@ def _become_kernel(wanted: dict, streams: list[int]) -> None:
         os.environ.pop("JPY_PARENT_PID", None)  # the server watches over it
         sys.argv = ["ipykernel_launcher", "-f", wanted["connection"]]
         from ipykernel.kernelapp import IPKernelApp
-        IPKernelApp.launch_instance(argv=sys.argv[1:])
+        IPKernelApp.launch_instance(argv=[*sys.argv[1:], "--matplotlib=inline"])  # pyplot is there already, and has not met this kernel
         code = 0
     except SystemExit as end: code = end.code if isinstance(end.code, int) else 0
     finally: os._exit(code)
@@ -53,8 +53,7 @@ def serve(
     idle: float = IDLE,  # seconds
 ) -> None:
     "Imports what notebooks import, then forks kernels until none has been asked for in a while."
-    import ipykernel.kernelapp, matplotlib_inline.backend_inline, torch._dynamo, xmic.mini, xmic.reporting  # noqa: E401, F401
-    import xmic.costs, xmic.frames  # noqa: E401, F401
+    import ipykernel.kernelapp, torch._dynamo, xmic.costs, xmic.frames, xmic.mini, xmic.reporting  # noqa: E401, F401
 
     listener = socket.socket(socket.AF_UNIX)
     path.unlink(missing_ok=True)
