@@ -66,6 +66,20 @@ def weights(run: RunResult) -> dict[str, torch.Tensor]:
     return load_file(run.folder / "model.safetensors")
 
 
+def interrupted(config: TrainConfig, monkeypatch, *epochs: int) -> RunResult:
+    "A run that is stopped after each of these epochs, and started again."
+    from xmic.training import Trainer
+    original = Trainer.run_epoch
+    for epoch in epochs:
+        def until(self):
+            if self.epoch == epoch: raise KeyboardInterrupt
+            return original(self)
+        monkeypatch.setattr(Trainer, "run_epoch", until)
+        with pytest.raises(KeyboardInterrupt): train(config)
+    monkeypatch.setattr(Trainer, "run_epoch", original)
+    return train(config)
+
+
 def same(a: RunResult, b: RunResult) -> bool:
     a, b = weights(a), weights(b)
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -273,21 +287,8 @@ def test_prompts_learn_and_are_all_that_is_saved(config, settings):
 @prompted
 @pytest.mark.parametrize("more", [dict(), dict(labels="both", class_subsample=3, micro_batch=3, selection="source validation", validation_fraction=0.3)], ids=["plain", "all switches"])
 def test_prompts_interrupted_go_on_to_the_same_weights(config, settings, more, monkeypatch):
-    from xmic.training import Trainer
     config = replace(config, **settings, **more)
-    whole, original = train(replace(config, name="whole")), Trainer.run_epoch
-
-    def once(self):
-        if self.epoch == stop_at:
-            raise KeyboardInterrupt
-        return original(self)
-
-    for stop_at in (1, 3):
-        monkeypatch.setattr(Trainer, "run_epoch", once)
-        with pytest.raises(KeyboardInterrupt):
-            train(replace(config, name="broken"))
-    monkeypatch.setattr(Trainer, "run_epoch", original)
-    broken = train(replace(config, name="broken"))
+    whole, broken = train(replace(config, name="whole")), interrupted(replace(config, name="broken"), monkeypatch, 1, 3)
     assert same(whole, broken) and whole.metrics["results"] == broken.metrics["results"]
     assert same(whole, train(replace(config, name="again"))) and not same(whole, train(replace(config, name="other", seed=1)))
 
@@ -385,23 +386,11 @@ def test_a_recognizer_takes_learned_prompts(config, settings, tmp_path):
 
 @pytest.mark.parametrize("method", ["clip_adapter", "clip_adapter_temporal"])
 def test_feature_adapters_train_resume_and_meet_a_target(made, config, method, monkeypatch):
-    from xmic import training
     config = replace(config, method=method, lr=0.1 if method == "clip_adapter" else 3e-3, epochs=8)
     run = train(replace(config, name="whole"))
     assert run.history.loss.iloc[-1] < 0.9 * run.history.loss.iloc[0]
     assert run.metrics["parameters"] == 2 * 2 * 32 * 8 + (method == "clip_adapter_temporal") * (2 * (4 * 32 * 32 + 2 * 32 * 8 + 8 + 9 * 32) + 16 * 32)
-    original = training.Trainer.run_epoch
-
-    def until(self):
-        if self.epoch == 5:
-            raise KeyboardInterrupt
-        return original(self)
-
-    monkeypatch.setattr(training.Trainer, "run_epoch", until)
-    with pytest.raises(KeyboardInterrupt):
-        train(replace(config, name="broken"))
-    monkeypatch.setattr(training.Trainer, "run_epoch", original)
-    assert same(run, train(replace(config, name="broken")))
+    assert same(run, interrupted(replace(config, name="broken"), monkeypatch, 5))
     elsewhere = evaluate_run(EvaluateConfig(run=str(run.folder), template="a photo of a {}", device="cpu"))
     assert elsewhere.metrics["results"]["csv"]["noun"]["top1"]["count"] == 20
     c = resolve(TrainConfig(method=method))
@@ -437,25 +426,13 @@ def filmed(tmp_path_factory) -> Path:
 
 
 def test_vita_clip_trains_resumes_and_is_recognised_with(filmed, tmp_path, monkeypatch):
-    from xmic import training
     config = TrainConfig(dataset="csv", data_root=str(filmed / "csv"), features_root=str(filmed / "features"), encoder=register_tiny(),
                          weights="random", runs_root=str(tmp_path / "runs"), device="cpu", epochs=20, batch_size=5, micro_batch=2, frames=4, lr=3e-2,
                          crop_scale=0.5, flip=True, method="vita_clip", progress=False)
     run = train(replace(config, name="whole"))
     assert run.history.loss.iloc[-3:].mean() < 0.8 * run.history.loss.iloc[0] and run.metrics["results"]["csv"]["noun"]["top1"]["count"] == 6
     assert run.metrics["parameters"] == sum(v.numel() for k, v in weights(run).items() if "cls_proj" not in k)
-    original = training.Trainer.run_epoch
-
-    def until(self):
-        if self.epoch == 7:
-            raise KeyboardInterrupt
-        return original(self)
-
-    monkeypatch.setattr(training.Trainer, "run_epoch", until)
-    with pytest.raises(KeyboardInterrupt):
-        train(replace(config, name="broken"))
-    monkeypatch.setattr(training.Trainer, "run_epoch", original)
-    assert same(run, train(replace(config, name="broken")))
+    assert same(run, interrupted(replace(config, name="broken"), monkeypatch, 7))
     answer = Recognizer.from_pretrained(run.folder, "cpu").predict(filmed / "csv/videos/v0.mp4", nouns=["pan", "knife", "spoon"])
     assert set(answer.nouns.name) == {"pan", "knife", "spoon"} and not np.allclose(answer.nouns.score, answer.nouns.zero_shot)
 

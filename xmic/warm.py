@@ -124,7 +124,7 @@ def kernel(
     while os.getppid() == parent:
         if select.select([client], [], [], 1.0)[0]: sys.exit((client.recv(1) or b"\1")[0])
 
-# %% ../nbs/28_warm.ipynb #43af2773
-if __name__ == "__main__":
+# %% ../nbs/28_warm.ipynb #6a269b07
+if __name__ == "__main__" and "__file__" in globals():  # not in this notebook
     if sys.argv[1] == "--serve": serve(Path(sys.argv[2]))
     else: kernel(sys.argv[1])
