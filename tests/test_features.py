@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from world import kill_and_resume, register_tiny, write_world
+from world import contents, extract_config as config, kill_and_resume, register_tiny, write_world
 from xmic.encoders import create_encoder
-from xmic.features import (ExtractConfig, FeatureStore, StoredView, dataset_store, extract, extract_dataset, hand_boxes, read_shard,
+from xmic.features import (FeatureStore, StoredView, extract, extract_dataset, hand_boxes, read_shard,
                            shard_name, write_shard)
 from xmic.files import DataError, write_json
 from xmic.segments import read_csv
@@ -25,15 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
 def world(tmp_path_factory) -> Path:
     register_tiny()
     return write_world(tmp_path_factory.mktemp("world"), videos=4, frames=60)
-
-
-def config(world: Path, features: Path, **changes) -> ExtractConfig:
-    return ExtractConfig(**dict(dataset="csv", data_root=str(world), encoder=register_tiny(), weights="random", features_root=str(features),
-                                device="cpu", workers=0, progress=False) | changes)
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file() and not p.name.startswith(".")}
 
 
 def test_both_views_hold_what_the_encoder_gives(world, tmp_path):

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 
-from videos import write_video
-from world import NOUNS, register_tiny, write_world
+from world import NOUNS, contents, extract_config, register_tiny, write_world
 from xmic.encoders import create_encoder, embed_classes
-from xmic.features import ExtractConfig, extract_dataset, hand_boxes
+from xmic.features import extract_dataset, hand_boxes
 from xmic.files import DataError
 from xmic.frames import (FrameShard, FrameStore, PixelStreams, ShardWriter, crop_clip, frames_folder, random_crops, store_dataset,
                          store_frames)
@@ -38,13 +37,7 @@ def world(tmp_path_factory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"), videos=4, frames=60)
 
 
-def config(world: Path, features: Path, **changes) -> ExtractConfig:
-    return ExtractConfig(**dict(dataset="csv", data_root=str(world), encoder=register_tiny(), weights="random", features_root=str(features),
-                                device="cpu", workers=0, feature_fps=12.5, progress=False) | changes)
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file() and not p.name.startswith(".")}
+config = partial(extract_config, feature_fps=12.5)
 
 
 # The store

@@ -29,8 +29,8 @@ def environ(tmp_path_factory):
 
 
 def start(folder: Path, environ: dict, *cells: str) -> subprocess.Popen:
-    source = nbformat.write(new_notebook(cells=[new_code_cell(c) for c in cells], metadata={"kernelspec": {"name": "python3", "display_name": "python3"}}),
-                            folder / "in.ipynb")
+    nbformat.write(new_notebook(cells=[new_code_cell(c) for c in cells], metadata={"kernelspec": {"name": "python3", "display_name": "python3"}}),
+                   folder / "in.ipynb")
     return subprocess.Popen([sys.executable, "-m", "papermill", "-k", "warm", "--no-progress-bar", "in.ipynb", "out.ipynb"], cwd=folder, env=environ,
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

@@ -115,3 +115,21 @@ def kill_and_resume(
             after_each()
         assert start.run(what, killed)[0] == 0
         return met
+
+
+def extract_config(
+    world: Path,
+    features: Path,
+    **changes,
+) -> "ExtractConfig":  # noqa: F821
+    "How a world is extracted in this process."
+    from xmic.features import ExtractConfig
+    return ExtractConfig(**dict(dataset="csv", data_root=str(world), encoder=register_tiny(), weights="random", features_root=str(features),
+                                device="cpu", workers=0, progress=False) | changes)
+
+
+def contents(
+    root: Path,
+) -> dict[str, bytes]:
+    "Every file below a folder but those being written."
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file() and not p.name.startswith(".")}

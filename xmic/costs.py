@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PeakMemory', 'count_step', 'step_costs']
 
-# %% ../nbs/27_costs.ipynb #ca762354
+# %% ../nbs/27_costs.ipynb #8ef94ced
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import cache, partial
 
 import pandas as pd
 import torch
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from .adapter import trained_parameters
-from .encoders import ClassEmbeddings, create_encoder, embed_classes
+from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_classes
 from .experiments import METHODS, Profile, run
 from .files import settings
 from .prompting import text_once
@@ -71,7 +72,7 @@ def count_step(
     with PeakMemory() as memory: step()
     return dict(trained_parameters=trained_parameters(method), gflop=operations.get_total_flops() / 1e9, peak_mib=memory.peak / 2**20)
 
-# %% ../nbs/27_costs.ipynb #38cdfbfc
+# %% ../nbs/27_costs.ipynb #cae4dc9e
 def step_costs(
     p: Profile,
     source: str = "ego4d",
@@ -80,14 +81,16 @@ def step_costs(
     methods: Iterable[str] = tuple(METHODS),
 ) -> pd.DataFrame:  # by method: trained_parameters, gflop, peak_mib, frames, classes
     "What a training step of each method of Table 1 takes, in float32 on the CPU. Data is random; the encoder is the profile's."
-    rows = {name: _cost(resolve(settings(TrainConfig, run(p, source, kind, METHODS[name]).parameters)), kind, batch_size) for name in methods}
+    encoder = cache(partial(create_encoder, device="cpu", precision="fp32"))  # made once for all methods
+    configs = {name: resolve(settings(TrainConfig, run(p, source, kind, METHODS[name]).parameters)) for name in methods}
+    rows = {name: _cost(c, encoder, kind, batch_size) for name, c in configs.items()}
     return pd.DataFrame(rows).T.rename_axis("method").astype({k: int for k in ("trained_parameters", "frames", "classes")})
 
 
-def _cost(c: TrainConfig, kind: str, batch_size: int) -> dict[str, float]:
-    encoder = create_encoder(c.encoder, c.weights, "cpu", precision="fp32")
+def _cost(c: TrainConfig, encoder_of: Callable[..., Encoder], kind: str, batch_size: int) -> dict[str, float]:
+    encoder = encoder_of(c.encoder, c.weights)
     classes = embed_classes(encoder, read_classes(c.dataset, dataset_root(c, c.dataset), kind).prompts(c.template))
-    context = create_encoder(c.context_encoder, c.context_weights, "cpu", precision="fp32") if c.context_encoder else encoder
+    context = encoder_of(c.context_encoder, c.context_weights) if c.context_encoder else encoder
     method = build_method(c, encoder.dim, context.dim, float(encoder.logit_scale), text_tower(c, encoder), classes.names, encoder).train()
     side = encoder.preprocess.size
     video = torch.randint(0, 256, (batch_size, c.frames, side, side, 3), dtype=torch.uint8) if c.method in PIXELS else \

@@ -7,11 +7,10 @@ __all__ = ['GERUNDS', 'TRAIN_SEED', 'HELD_OUT_SEED', 'class_names', 'plural', 's
            'cached_pictures', 'Captions', 'describe', 'matches', 'vocabulary', 'crop', 'recolour', 'clip_loss',
            'cached_things', 'pasted_view', 'save_encoder']
 
-# %% ../nbs/26_pretraining.ipynb #c1f12408
+# %% ../nbs/26_pretraining.ipynb #cc3de9ce
 import hashlib
 import os
 import re
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
