@@ -13,6 +13,7 @@ MINI = PROFILE.name == "mini"
 CHOICE = dict(profile=PROFILE.name, size=PROFILE.size or "default", data=PROFILE.data if not MINI else None, seeds=PLAN.seeds)
 FIRST = experiments.runs(1, PROFILE, PLAN.seeds, experiments.FIRST) if 1 in PLAN.tables else {}
 TABLES = [f"{PROFILE.reports}/table{n}.md" for n in PLAN.tables]
+CLIPS = [f"{PROFILE.reports}/clips.html"] * bool(FIRST)
 WORLD = f"{PROFILE.data}/world.json"
 LIBRARY = ["xmic/reporting.py", "xmic/experiments.py"]
 ANNOTATIONS = {} if MINI else {name: experiments.annotations(PROFILE, store) for name, store in PLAN.stores.items()}
@@ -116,15 +117,28 @@ rule table:
     shell: PAPERMILL
 
 
+PAGE = (PAPERMILL + " && jupyter nbconvert --to html --no-input --TemplateExporter.exclude_raw=True --TemplateExporter.extra_template_basedirs=nbs"
+        " --template report_template {log.notebook} --output-dir $(dirname {output[0]}) --output $(basename {output[0]}) >> {log.text} 2>&1")
+
+
 rule report:
     message: "the report"
-    input: TABLES, LIBRARY, "nbs/report_template/index.html.j2", notebook="nbs/report.ipynb"
-    output: f"{PROFILE.reports}/index.html"
+    input: TABLES, CLIPS, LIBRARY, "nbs/report_template/index.html.j2", notebook="nbs/report.ipynb"
+    output: f"{PROFILE.reports}/index.html", f"{PROFILE.reports}/runs.csv"
     log: notebook=f"{PROFILE.runs_root}/report/report.ipynb", text=f"{PROFILE.runs_root}/report/job.log"
     params: settings=json.dumps(dict(CHOICE, tables=" ".join(map(str, PLAN.tables))))
-    shell:
-        PAPERMILL + " && jupyter nbconvert --to html --no-input --TemplateExporter.exclude_raw=True --TemplateExporter.extra_template_basedirs=nbs --template report_template"
-        " {log.notebook} --output-dir $(dirname {output}) --output index.html >> {log.text} 2>&1"
+    shell: PAGE
+
+
+rule clips:
+    message: "the clips that were won and lost"
+    input:
+        [f"{PROFILE.runs_root}/{name}/metrics.json" for name in FIRST], LIBRARY, "xmic/inspection.py", "nbs/report_template/index.html.j2",
+        notebook="nbs/clips.ipynb",
+    output: f"{PROFILE.reports}/clips.html"
+    log: notebook=f"{PROFILE.runs_root}/clips/clips.ipynb", text=f"{PROFILE.runs_root}/clips/job.log"
+    params: settings=json.dumps({k: v for k, v in CHOICE.items() if k != "seeds"})
+    shell: PAGE
 
 
 onerror:

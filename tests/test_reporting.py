@@ -3,6 +3,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -16,7 +17,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from xmic import experiments  # noqa: E402
 from xmic.experiments import cells, plan, profile  # noqa: E402
 from xmic.files import read_json, write_json  # noqa: E402
-from xmic.paper import harmonic_mean, printed  # noqa: E402
+from xmic.paper import PRINTED, harmonic_mean, printed  # noqa: E402
 from xmic.reporting import compare, layout, links, plot_table, scores, tabulate, to_html, to_latex, to_markdown, write_table  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,16 +132,47 @@ def test_best_and_second_are_marked_by_what_is_shown(world):
     assert lone["X-MIC n1"] == "10.00"
 
 
-@pytest.mark.parametrize("number", experiments.TABLES)
+@pytest.mark.parametrize("number", PRINTED)
 def test_the_printed_numbers_stand_beside_ours_with_the_difference(world, number):
     made, root, _ = world
-    table = compare(tabulate(cells(number, made.profile, 3), root))
+    table = compare(tabulate(cells(number, replace(made.profile, shown={}), 3), root))
     theirs = printed(number).set_index(["source", "method", "variant", "kind", "column"]).value
     for row in table.itertuples():
         value = theirs.get((row.source, row.method, row.variant, row.kind, row.column), float("nan"))
         assert row.paper == value or np.isnan(row.paper) and np.isnan(value)
         assert np.isnan(value) or math.isclose(row.difference, row.mean - value)
+        assert row.verdict == ("" if np.isnan(value) else "inside" if round(row.low, 2) <= value <= round(row.high, 2) else "outside")
     assert f"/ {table.paper.dropna().iloc[0]:.2f} / " in to_markdown(table)
+
+
+def test_our_own_tables_and_the_poster_can_be_compared_too(world):
+    made, root, _ = world
+    paper = replace(made.profile, shown={})
+    assert compare(tabulate(cells(8, paper, 3), root)).paper.isna().all()
+    poster = printed("poster")
+    found = pd.concat([compare(tabulate(lines, root), "poster") for lines in experiments.poster_cells(paper, 3).values()])
+    assert found.paper.notna().sum() == len(poster) and math.isclose(found.paper.sum(), poster.value.sum())
+
+
+def test_intervals_are_students_over_seeds_and_of_the_segments_for_one(world):
+    made, root, results = world
+    one, three = (tabulate(cells(6, made.profile, seeds), root).query("column == 'ego4d'") for seeds in (1, 3))
+    assert (one.low == 0).all() and (one.high == 100).all()  # as the runs say
+    assert np.allclose((three.high - three.low) / 2, 4.3027 * three["std"] / 3**0.5, rtol=1e-3)
+    assert np.allclose((three.high + three.low) / 2, three["mean"])
+
+
+def test_the_interval_of_a_harmonic_mean_is_that_of_resampled_segments(tmp_path):
+    lines = cells(2, profile(), 1).query("method == 'X-MIC' and source == 'ego4d' and kind == 'noun'")
+    name, shares = lines.runs.iloc[0][0], dict(shared=(30, 120), novel=(9, 40))
+    answers = {m: dict(value=100 * r / n, count=n, low=0, high=1) for m, (r, n) in shares.items()}
+    write_json(tmp_path / name / "metrics.json", dict(
+        results={"epic": {"noun": answers}}, harmonic_means={"noun": {"epic shared+novel": harmonic_mean(25, 22.5)}}, classes={}))
+    found = tabulate(lines, tmp_path).set_index("column").loc["hm"]
+    rng = np.random.default_rng(1)
+    right = [np.arange(n) < r for r, n in shares.values()]
+    draws = [harmonic_mean(*(100 * rng.choice(x, len(x)).mean() for x in right)) for _ in range(4000)]
+    assert np.allclose([found.low, found.high], np.quantile(draws, [0.025, 0.975]), atol=0.6) and found.low < found["mean"] < found.high
 
 
 def test_a_printed_number_stands_where_we_have_no_run(tmp_path):

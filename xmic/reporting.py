@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'CELL', 'MARKS', 'plot_history', 'plot_accuracies', 'plot_segments', 'plot_views', 'scores', 'tabulate',
-           'compare', 'layout', 'to_text', 'to_markdown', 'to_html', 'to_latex', 'plot_table', 'links', 'write_table']
+           'student', 'compare', 'layout', 'to_text', 'to_markdown', 'to_html', 'to_latex', 'plot_table', 'links',
+           'write_table']
 
-# %% ../nbs/23_reporting.ipynb #c242fddc
+# %% ../nbs/23_reporting.ipynb #04f75d55
 import os
 from html import escape
 from pathlib import Path
@@ -23,7 +24,7 @@ from matplotlib.patches import Rectangle
 from .classes import clean_ego4d, clean_egtea, clean_epic
 from .clips import wanted_frames
 from .files import DataError, from_root, read_json, whole_file
-from .paper import printed
+from .paper import PRINTED, harmonic_mean, printed
 from .segments import read_classes, read_segments
 from .video import frame_indices, probe, read_frames
 
@@ -149,19 +150,19 @@ def plot_views(
         ax.set(xticks=[], yticks=[])
     return fig
 
-# %% ../nbs/23_reporting.ipynb #adc0ae5c
+# %% ../nbs/23_reporting.ipynb #88f5216f
 def scores(
     cells: pd.DataFrame,  # as `experiments.cells` gives them
     runs_root: str | Path,  # folder of the runs
-) -> pd.DataFrame:  # one row for each cell and run: the cell's columns, run, value, segments, classes
+) -> pd.DataFrame:  # one row for each cell and run: the cell's columns, run, value, low, high, segments, classes
     "The value of every run behind every cell, in per cent; nan where a run is not there."
     found = {name: _metrics(from_root(runs_root) / name) for name in dict.fromkeys(n for names in cells.runs for n in names)}
     lines = []
     for cell in cells.itertuples():
         for name in cell.runs:
-            value, segments, classes = _look_up(found[name], cell.dataset, cell.kind, cell.measure)
-            lines.append((cell.table, cell.source, cell.method, cell.variant, cell.kind, cell.column, name, value, segments, classes))
-    return pd.DataFrame(lines, columns=[*CELL, "run", "value", "segments", "classes"])
+            found_there = _look_up(found[name], cell.dataset, cell.kind, cell.measure)
+            lines.append((cell.table, cell.source, cell.method, cell.variant, cell.kind, cell.column, name, *found_there))
+    return pd.DataFrame(lines, columns=[*CELL, "run", "value", "low", "high", "segments", "classes"])
 
 
 CELL = ["table", "source", "method", "variant", "kind", "column"]
@@ -171,44 +172,73 @@ def _metrics(folder: Path) -> dict | None:
     return read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else None
 
 
-def _look_up(metrics: dict | None, dataset: str, kind: str, measure: str) -> tuple[float, float, float]:
-    "Value, segments and competing classes of one cell in one run; nan for what is not there."
-    nan = float("nan")
+def _look_up(metrics: dict | None, dataset: str, kind: str, measure: str) -> tuple[float, ...]:
+    "Value, its interval, segments and competing classes of one cell in one run; nan for what is not there."
     if metrics is None:
-        return nan, nan, nan
+        return (np.nan,) * 5
     if not dataset:
-        return metrics["harmonic_means"].get(kind, {}).get(measure, nan), nan, nan
+        return metrics["harmonic_means"].get(kind, {}).get(measure, np.nan), *_harmonic_interval(metrics, kind, measure), np.nan, np.nan
     answer = metrics["results"].get(dataset, {}).get(kind, {}).get(measure) or {}
-    value = answer.get("value")
-    return nan if value is None else value, answer.get("count", nan), metrics.get("classes", {}).get(dataset, {}).get(kind, {}).get(measure, nan)
+    number = [answer.get(name) for name in ("value", "low", "high", "count")]
+    classes = metrics.get("classes", {}).get(dataset, {}).get(kind, {}).get(measure, np.nan)
+    return *(np.nan if n is None else n for n in number), classes
 
-# %% ../nbs/23_reporting.ipynb #184e83dc
+
+def _harmonic_interval(metrics: dict, kind: str, measure: str) -> tuple[float, float]:
+    "95 % bootstrap interval of a harmonic mean over the segments of its two accuracies: `source+target` or `target shared+novel`."
+    dataset, _, names = measure.rpartition(" ")
+    pair = [(dataset or name, name if dataset else "top1") for name in names.split("+")]
+    answers = [metrics["results"].get(d, {}).get(kind, {}).get(m) or {} for d, m in pair]
+    if not all(a.get("count") for a in answers):
+        return np.nan, np.nan
+    rng = np.random.default_rng(0)
+    draws = harmonic_mean(*(100 * rng.binomial(a["count"], a["value"] / 100, 2000) / a["count"] for a in answers))
+    return tuple(np.quantile(draws, [0.025, 0.975]))
+
+# %% ../nbs/23_reporting.ipynb #e364fee5
 def tabulate(
     cells: pd.DataFrame,
     runs_root: str | Path,
-) -> pd.DataFrame:  # table, source, method, variant, kind, column, mean, std, seeds, wanted, segments, chance
+) -> pd.DataFrame:  # table, source, method, variant, kind, column, mean, std, low, high, seeds, wanted, segments, chance
     "A table in tidy form. `std` is over seeds, nan for one; `wanted` is the number of seeds asked for; `chance` is 100 / classes."
     every = scores(cells, runs_root)
     table = every.groupby(CELL, sort=False).agg(
-        mean=("value", "mean"), std=("value", "std"), seeds=("value", "count"), wanted=("run", "size"),
-        segments=("segments", _range), chance=("classes", lambda n: 100 / n.max()))
-    return table.reset_index()
+        mean=("value", "mean"), std=("value", "std"), low=("low", "mean"), high=("high", "mean"), seeds=("value", "count"), wanted=("run", "size"),
+        segments=("segments", _range), chance=("classes", lambda n: 100 / n.max())).reset_index()
+    half = [student(int(n)) * sd / n**0.5 if n > 1 else np.nan for n, sd in zip(table.seeds, table["std"])]
+    over_seeds = table.seeds > 1
+    return table.assign(low=table.low.where(~over_seeds, table["mean"] - half), high=table.high.where(~over_seeds, table["mean"] + half))
+
+
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def student(
+    count: int,  # of values, at least 2
+) -> float:
+    "How many standard errors of the mean a 95 % interval reaches to either side; above ten values a close approximation."
+    free = count - 1
+    return _STUDENT[free - 1] if free <= len(_STUDENT) else 1.96 + 2.37 / free + 2.82 / free**2
 
 
 def _range(counts: pd.Series) -> str:
     counts = counts.dropna().astype(int)
     return "" if counts.empty else f"{counts.min():,}" if counts.min() == counts.max() else f"{counts.min():,}–{counts.max():,}"
 
-# %% ../nbs/23_reporting.ipynb #63c06ec5
+# %% ../nbs/23_reporting.ipynb #d1edf532
 def compare(
     table: pd.DataFrame,  # as `tabulate` gives it
-) -> pd.DataFrame:  # with columns paper, difference (ours minus theirs, in per cent points), paper_note
+    source: str | None = None,  # "poster" for the poster's numbers; None: the tables' own
+) -> pd.DataFrame:  # with columns paper, difference (ours minus theirs, in per cent points), verdict, paper_note
     "The printed numbers beside ours."
-    theirs = pd.concat([printed(number) for number in table.table.unique()]).rename(columns={"value": "paper", "note": "paper_note"})
+    theirs = pd.concat([printed(source or number) for number in table.table.unique() if source or number in PRINTED] or [printed(1).head(0)])
+    theirs = theirs.drop_duplicates(CELL).rename(columns={"value": "paper", "note": "paper_note"})
     joined = table.merge(theirs, on=CELL, how="left", validate="one_to_one")
-    return joined.assign(difference=joined["mean"] - joined.paper)
+    both = joined["mean"].notna() & joined.paper.notna()
+    inside = joined.paper.between(joined.low.round(2), joined.high.round(2))
+    return joined.assign(difference=joined["mean"] - joined.paper, verdict=np.select([both & inside, both], ["inside", "outside"], ""))
 
-# %% ../nbs/23_reporting.ipynb #4cc74bf7
+# %% ../nbs/23_reporting.ipynb #4ae8ea06
 MARKS = {
     "text": ("{}", "{}", " ± "),
     "markdown": ("**{}**", "<u>{}</u>", " ± "),
@@ -253,7 +283,7 @@ def _texts(part: pd.DataFrame, form: str) -> list[str]:
         if 0 < cell.seeds < cell.wanted:
             text += f" ({cell.seeds} of {cell.wanted} seeds)"
         if "paper" in part and not np.isnan(cell.paper):
-            text += f" / {cell.paper:.2f}" + ("" if cell.seeds == 0 else f" / {cell.difference:+.2f}")
+            text += f" / {cell.paper:.2f}" + ("" if cell.seeds == 0 else f" / {cell.difference:+.2f} {cell.verdict}")
         texts.append(text)
     return texts
 
@@ -329,7 +359,7 @@ def plot_table(
     sns.despine(fig)
     return fig
 
-# %% ../nbs/23_reporting.ipynb #010b3a6e
+# %% ../nbs/23_reporting.ipynb #c38d86f8
 def links(
     cells: pd.DataFrame,  # as `experiments.cells` gives them
     runs_root: str | Path,
@@ -342,7 +372,9 @@ def links(
             folder = Path(os.path.relpath(from_root(runs_root) / name, from_root(page))).as_posix()
             files = " ".join(f'<a href="{quote(f"{folder}/{file}")}">{file}</a>' for file in ("train.ipynb", "config.json", "metrics.json"))
             rows.append(f"<tr><td>{source}</td><td>{escape(f'{method} {variant}'.strip())}</td><td>{kind}</td><td>{escape(name)}</td><td>{files}</td></tr>")
-    return f"<details><summary>The runs behind it</summary><table>{''.join(rows)}</table></details>"
+    stem = f"table{cells.table.iloc[0]}"
+    files = " · ".join(f'<a href="{stem}.{ending}" download>{word}</a>' for ending, word in (("csv", "CSV"), ("tex", "LaTeX"), ("md", "Markdown"), ("svg", "figure")))
+    return f"<p>{files}</p><details><summary>The runs behind it</summary><table>{''.join(rows)}</table></details>"
 
 # %% ../nbs/23_reporting.ipynb #e9838e3c
 def write_table(

@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'ALIKE', 'PUBLISHED', 'SELECTIONS', 'METHODS', 'UNTRAINED', 'CONDITIONED', 'PROMPTED', 'PIXELS',
            'TrainConfig', 'Backbone', 'build_method', 'text_tower', 'resolve', 'learning_rate', 'epoch_rate', 'Split',
            'dataset_root', 'RunData', 'loss_and_right', 'subsample', 'Trainer', 'RunResult', 'run_name', 'run_folder',
-           'provenance', 'pick_device', 'peak_memory', 'held_out_videos', 'Selection', 'evaluate', 'train',
+           'provenance', 'pick_device', 'peak_memory', 'held_out_videos', 'Selection', 'evaluate', 'train', 'restore',
            'EvaluateConfig', 'evaluate_run']
 
 # %% ../nbs/20_training.ipynb #988dedc9
@@ -803,7 +803,18 @@ def train(
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return RunResult.read(folder)
 
-# %% ../nbs/20_training.ipynb #98eab6f5
+# %% ../nbs/20_training.ipynb #e0015bdb
+def restore(
+    run: RunResult,
+    device: torch.device,
+) -> tuple[RunData, nn.Module]:
+    "The data of a finished run, and its method with the trained weights."
+    data = RunData(run.config, device)
+    method = data.method()
+    method.load_state_dict(load_file(run.folder / "model.safetensors"))
+    return data, method.to(device).eval()
+
+# %% ../nbs/20_training.ipynb #b1b10ebd
 @dataclass
 class EvaluateConfig:
     "Where to evaluate a finished run."
@@ -833,9 +844,7 @@ def evaluate_run(
     folder = trained.folder / "evaluations" / key
     write_json(folder / "config.json", asdict(c))
     device = pick_device(config.device)
-    data = RunData(c, device)
-    method = data.method()
-    method.load_state_dict(load_file(trained.folder / "model.safetensors"))
-    metrics = _evaluate_all(c, folder, data, {d: data.split(d, "test") for d in [source, *targets]}, method.to(device))
+    data, method = restore(replace(trained, config=c), device)
+    metrics = _evaluate_all(c, folder, data, {d: data.split(d, "test") for d in [source, *targets]}, method)
     write_json(folder / "metrics.json", dict(metrics, run=str(trained.folder.name), versions=provenance(device)))
     return RunResult.read(folder)
