@@ -1,4 +1,4 @@
-"""Kernels that are forks: they give what ordinary kernels give, and end with whoever asked for them."""
+"""Papermill and kernels that are forks: they give what ordinary ones give, and end with whoever asked for them."""
 import os
 import signal
 import subprocess
@@ -31,7 +31,7 @@ def environ(tmp_path_factory):
 def start(folder: Path, environ: dict, *cells: str) -> subprocess.Popen:
     nbformat.write(new_notebook(cells=[new_code_cell(c) for c in cells], metadata={"kernelspec": {"name": "python3", "display_name": "python3"}}),
                    folder / "in.ipynb")
-    return subprocess.Popen([sys.executable, "-m", "papermill", "-k", "warm", "--no-progress-bar", "in.ipynb", "out.ipynb"], cwd=folder, env=environ,
+    return subprocess.Popen([sys.executable, "-m", "xmic.warm", "papermill", "-k", "warm", "--no-progress-bar", "in.ipynb", "out.ipynb"], cwd=folder, env=environ,
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

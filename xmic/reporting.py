@@ -82,7 +82,7 @@ def plot_accuracies(
     sns.despine(fig)
     return fig
 
-# %% ../nbs/23_reporting.ipynb #4528622b
+# %% ../nbs/23_reporting.ipynb #7c9b1bbc
 def plot_segments(
     run: "RunResult",
     rows: int = 3,  # segments that were recognised, and as many that were not
@@ -100,9 +100,8 @@ def plot_segments(
     chosen = pd.concat([right, wrong])
     segments = read_segments(dataset, dataset_root(run.config, dataset), "test").set_index("segment_id")
     names = {k: read_classes(dataset, dataset_root(run.config, dataset), k).names for k in set(chosen.kind)}
-    fig, axes = plt.subplots(len(chosen), frames, figsize=(1.5 * frames, 1.15 * len(chosen)), squeeze=False, constrained_layout=True)
-    fig.get_layout_engine().set(hspace=0.25)
-    for line, (row, strip) in enumerate(zip(chosen.itertuples(), axes)):
+    fig, axes = plt.subplots(len(chosen), 1, figsize=(1.5 * frames, 1.15 * len(chosen)), squeeze=False, constrained_layout=True)
+    for row, ax in zip(chosen.itertuples(), axes[:, 0]):
         good = row.predicted == row.label
         segment = segments.loc[row.segment_id]
         try:
@@ -110,13 +109,12 @@ def plot_segments(
             every = wanted_frames(info, segment)
             shown = read_frames(segment.video_path, every[frame_indices(0, len(every), frames)])
         except DataError as e:
-            shown = [np.full((9, 16, 3), 230, np.uint8)] * frames
-        for ax, frame in zip(strip, shown):
-            ax.imshow(frame); ax.set(xticks=[], yticks=[])
+            shown = [np.full((90, 160, 3), 230, np.uint8)] * frames
+        gap = np.full((len(shown[0]), max(1, shown[0].shape[1] // 40), 3), 255, np.uint8)
+        ax.imshow(np.concatenate([part for frame in shown for part in (frame, gap)][:-1], axis=1))
+        ax.set_axis_off()
         label, predicted = (names[row.kind][i] for i in (row.label, row.predicted))
-        title = strip[0].set_title(label if good else f"{label}, taken for {predicted}", loc="left", fontsize=9,
-                                   color="tab:green" if good else "tab:red")
-        title.set_in_layout(False)  # a long name runs over the next frames instead of pushing them away
+        ax.set_title(label if good else f"{label}, taken for {predicted}", loc="left", fontsize=9, color="tab:green" if good else "tab:red")
     return fig
 
 # %% ../nbs/23_reporting.ipynb #e8d480ec
