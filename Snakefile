@@ -19,9 +19,9 @@ LIBRARY = ["xmic/reporting.py", "xmic/experiments.py"]
 ANNOTATIONS = {} if MINI else {name: experiments.annotations(PROFILE, store) for name, store in PLAN.stores.items()}
 
 os.environ["OMP_NUM_THREADS"] = str(PROFILE.threads)
-# On the mini world a fresh Python would import for longer than it trains: papermill and its kernels are forks there (xmic.warm).
+# Where no GPU is used, a fresh Python would import for longer than it trains: papermill and its kernels are forks there (xmic.warm).
 os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [os.path.abspath("profiles/jupyter"), os.environ.get("JUPYTER_PATH")]))
-PROGRAM = "python -m xmic.warm papermill -k warm" if MINI and sys.platform == "linux" else "papermill"
+PROGRAM = "python -m xmic.warm papermill -k warm" if not PROFILE.gpus and sys.platform == "linux" else "papermill"
 # A job waits for the one that a killed snakemake may have left behind; what a notebook prints is in the job's log.
 PAPERMILL = "flock $(dirname {log.text}) {PROGRAM} --no-progress-bar --cwd . {input.notebook} {log.notebook} -y {params.settings:q} > {log.text} 2>&1"
 

@@ -10,12 +10,12 @@ __all__ = ['DATASETS', 'PAIR', 'MINI_NOTE', 'PAPER_NOTE', 'MINI_METHODS', 'PAPER
            'cells', 'poster_cells', 'rows_of', 'runs', 'Plan', 'plan', 'annotations', 'failures', 'first_rows',
            'introduction', 'world_size', 'prepare']
 
-# %% ../nbs/28_experiments.ipynb #1271e1aa
+# %% ../nbs/28_experiments.ipynb #14565315
 import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,7 @@ class Profile:
     def root(self, dataset: str) -> str:
         return f"{self.data}/{dataset}"
 
-# %% ../nbs/28_experiments.ipynb #3214fa0e
+# %% ../nbs/28_experiments.ipynb #78701bcd
 MINI_METHODS: dict[str, dict] = {  # rates: the best of the published one times 1, 4, 16 and 64, see benchmarks/learning_rates.py
     "coop": dict(lr=0.032),
     "cocoop": dict(lr=0.032),
@@ -100,9 +100,22 @@ def profile(
         raise DataError("the paper profile needs the datasets: name the folder that holds epic, ego4d and egtea (DATA=/path)")
     encoders = {"clip": dict(encoder="ViT-B-16-quickgelu"), "dino": dict(encoder="dinov2_vitl14"), "large": dict(encoder="ViT-L-14-quickgelu"),
                 "lavila": dict(encoder="lavila-large", weights=str(from_root(data) / LAVILA_WEIGHTS))}
-    return Profile(
+    return _changed(Profile(
         name, "", str(from_root(data)), "features", "runs/paper", "reports/paper", encoders, extract={}, frames=dict(views=["hand"], feature_fps=FRAMES_FPS),
-        train=dict(epochs=15, batch_size=32), methods=PAPER_METHODS, note=PAPER_NOTE, threads=4, gpus=1)
+        train=dict(epochs=15, batch_size=32), methods=PAPER_METHODS, note=PAPER_NOTE, threads=4, gpus=1))
+
+
+def _changed(p: Profile) -> Profile:
+    "The profile with what a `profile.json` beside the datasets says otherwise."
+    path = Path(p.data) / "profile.json"
+    if not path.exists():
+        return p
+    changes, own = read_json(path), [f.name for f in fields(Profile) if f.name not in ("name", "size", "data")]
+    for key, value in changes.items():
+        if key not in own or type(value) is not type(getattr(p, key)) and not isinstance(getattr(p, key), tuple):
+            raise DataError(f"{path}: {key}={value!r} cannot be set; it may hold {', '.join(own)}{did_you_mean(key, own)}")
+    merged = {k: {**getattr(p, k), **v} if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+    return replace(p, **merged)
 
 # %% ../nbs/28_experiments.ipynb #44e93d6b
 @dataclass(frozen=True)
