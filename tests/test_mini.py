@@ -21,7 +21,7 @@ from xmic.files import DataError, read_json, read_table
 from xmic.hands import Hand, Object, read_100doh, read_epic_hands, union_box
 from xmic.mini import LISTS, SIZES, Detector, build, contact_sheet, plan, usual
 from xmic.scenes import BACKWARDS, LOOKS, VERBS, SeenHand, Truth
-from xmic.segments import epic_frame_rate, read_classes, read_segments
+from xmic.segments import epic_frame_rate, head_classes, read_classes, read_epic_tail, read_epic_unseen, read_segments
 from xmic.video import probe, read_frames
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,10 +92,32 @@ def test_epic_frames_follow_the_official_rule(mini):
 
 def test_epic_files_have_the_official_columns(mini, shared_data):
     ours, real = mini / "epic" / "epic-kitchens-100-annotations", shared_data / "epic_kitchens_100_annotations"
-    for name in ("EPIC_100_validation.csv", "EPIC_100_noun_classes.csv", "EPIC_100_verb_classes.csv"):
+    for name in ("EPIC_100_validation.csv", "EPIC_100_noun_classes.csv", "EPIC_100_verb_classes.csv", "EPIC_100_unseen_participant_ids_validation.csv",
+                 "EPIC_100_tail_nouns.csv", "EPIC_100_tail_verbs.csv"):
         assert list(read_table(ours / name)) == list(read_table(real / name))
     row = read_table(ours / "EPIC_100_train.csv").iloc[0]
     assert ast.literal_eval(row.all_nouns) == [row.noun] and ast.literal_eval(row.all_noun_classes) == [int(row.noun_class)]
+
+
+def test_lists_of_the_challenge_follow_from_the_annotations(mini):
+    table = {split: read_segments("epic", mini / "epic", split) for split in ("train", "test")}
+    people = {split: set(rows.video_id.str[:3]) for split, rows in table.items()}
+    assert read_epic_unseen(mini / "epic") == sorted(people["test"] - people["train"]) != []
+    for kind in ("noun", "verb"):
+        classes = read_classes("epic", mini / "epic", kind)
+        counts = np.bincount(classes.labels(table["train"][kind]), minlength=len(classes))
+        assert read_epic_tail(mini / "epic", kind).tolist() == np.flatnonzero(~head_classes(counts) & (counts > 0)).tolist() != []
+
+
+def test_a_world_of_before_gets_the_lists_and_nothing_else_is_touched(mini):
+    folder = mini / "epic" / "epic-kitchens-100-annotations"
+    lists = {p: p.read_bytes() for p in folder.glob("EPIC_100_*") if "tail" in p.name or "unseen" in p.name}
+    before = {p: p.stat().st_mtime_ns for p in mini.rglob("*") if p.is_file() and p not in lists}
+    for path in lists:
+        path.unlink()
+    build(mini, "tiny")
+    assert len(lists) == 3 and lists == {p: p.read_bytes() for p in lists}
+    assert before == {p: p.stat().st_mtime_ns for p in mini.rglob("*") if p.is_file() and p not in lists}
 
 
 def test_names_are_official(shared_data):

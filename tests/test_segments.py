@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xmic.files import DataError
-from xmic.segments import (COLUMNS, central_window, epic_frame_rate, read_classes, read_csv, read_egtea, read_ego4d, read_epic,
-                           read_segments)
+from xmic.segments import (COLUMNS, central_window, epic_frame_rate, head_classes, read_classes, read_csv, read_egtea, read_ego4d,
+                           read_epic, read_epic_tail, read_epic_unseen, read_segments)
 
 
 def link(folder, files):
@@ -98,6 +98,48 @@ def test_real_epic_of_67217_rows_is_read_in_a_second(epic):
         read_epic(epic, "train")
         took.append(time.perf_counter() - start)
     assert min(took) <= 1
+
+
+def test_real_unseen_participants_are_those_without_a_training_segment(epic, shared_data):
+    tables = {split: read_epic(epic, split) for split in ("train", "validation")}
+    people = {split: set(table.video_id.str.split("_").str[0]) for split, table in tables.items()}
+    assert read_epic_unseen(epic) == ["P18", "P32"] == sorted(people["validation"] - people["train"])
+    assert read_epic_unseen(epic, "test") == ["P33", "P34", "P36"]
+    official = pd.read_csv(epic / "annotations/EPIC_100_validation.csv")
+    assert (official.participant_id == official.narration_id.str.split("_").str[0]).all()
+
+
+@pytest.mark.parametrize("kind, tail, absent", [("verb", 86, 0), ("noun", 228, 11)])
+def test_the_real_tail_follows_from_the_training_counts(epic, kind, tail, absent):
+    classes = read_classes("epic", epic, kind)
+    counts = np.bincount(classes.labels(read_epic(epic, "train")[kind]), minlength=len(classes))
+    official = read_epic_tail(epic, kind)
+    assert len(official) == tail and (counts == 0).sum() == absent
+    assert official.tolist() == np.flatnonzero(~head_classes(counts) & (counts > 0)).tolist()
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=20).filter(any), st.floats(0.05, 0.95))
+def test_the_head_is_the_fewest_classes_that_hold_their_share(counts, share):
+    counts = np.array(counts)
+    head = head_classes(counts, share)
+    assert head.any() and counts[head].min() > 0
+    assert not (~head).any() or counts[head].min() >= counts[~head].max()
+    assert counts[head].sum() >= share * counts.sum() - 1e-9
+    assert counts[head].sum() - counts[head].min() < share * counts.sum()
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("EPIC_100_unseen_participant_ids_validation.csv", "participant\nP18\n", "no column participant_id"),
+    ("EPIC_100_unseen_participant_ids_validation.csv", "participant_id\nP18\nP18\n", "participant_id is empty or repeated (2 rows)"),
+    ("EPIC_100_tail_nouns.csv", "noun\n1\n2\n", "noun is not one of the 2 classes (1 row)"),
+    ("EPIC_100_tail_nouns.csv", "noun\nplate\n", "noun is not a whole number")])
+def test_wrong_lists_of_epic_are_refused(tmp_path, name, text, message):
+    root = small_epic(tmp_path / "root")
+    assert read_epic_unseen(root) is None and read_epic_tail(root, "noun") is None
+    (root / name).write_text(text)
+    with pytest.raises(DataError) as e:
+        read_epic_unseen(root), read_epic_tail(root, "noun")
+    assert message in str(e.value)
 
 
 @pytest.mark.parametrize("place", [

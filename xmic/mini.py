@@ -6,7 +6,7 @@
 __all__ = ['EPIC_VERBS', 'EGO4D_VERBS', 'EGTEA_VERBS', 'USUAL', 'LISTS', 'SIZES', 'WORLD', 'usual', 'Lists', 'Detector', 'Reel',
            'plan', 'write_video', 'write_reel', 'build', 'contact_sheet']
 
-# %% ../nbs/27_mini.ipynb #8e387b30
+# %% ../nbs/27_mini.ipynb #01cf173b
 import csv
 import fcntl
 import math
@@ -29,7 +29,7 @@ from .classes import clean_ego4d, clean_egtea, clean_epic
 from .files import DataError, from_root, read_json, whole_file, write_json
 from .hands import Detections, Hand, HandBoxes, Object, union_box
 from .scenes import FIXED, LOOKS, Action, Footage, Truth
-from .segments import epic_frame_rate
+from .segments import epic_frame_rate, head_classes
 from .shapes import EGO4D_NOUNS, EGTEA_NOUNS, EPIC_NOUNS
 from .video import DecodePool, frame_indices, probe, read_frames
 
@@ -276,7 +276,7 @@ def plan(
 
 WORLD = 1  # version; counts on whenever the same size and seed would give other files
 
-# %% ../nbs/27_mini.ipynb #2c31418d
+# %% ../nbs/27_mini.ipynb #a0636a18
 def _csv(path: Path, rows: list[dict]) -> None:
     with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, rows[0], lineterminator="\n")
@@ -284,7 +284,7 @@ def _csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def _text(path: Path, lines: list[str]) -> None:
+def _text(path: Path, lines: list) -> None:
     with whole_file(path) as part:
         part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
@@ -310,6 +310,20 @@ def _annotate_epic(root: Path, reels: list[Reel]) -> None:
                     narration=f"{clean_epic(verb)} {clean_epic(noun)}", verb=verb, verb_class=labels[verb], noun=noun, noun_class=labels[noun],
                     all_nouns=str([noun]), all_noun_classes=str([labels[noun]])))
         _csv(folder / f"EPIC_100_{split}.csv", rows)
+    _list_epic(root, reels)
+
+
+def _list_epic(root: Path, reels: list[Reel]) -> None:
+    "The challenge's lists of unseen participants and rare classes, where they are not there yet."
+    folder, people = root / "epic-kitchens-100-annotations", {split: {reel.name.split("_")[0] for reel in reels if reel.split == split} for split in ("train", "validation")}
+    lines = {"EPIC_100_unseen_participant_ids_validation.csv": ["participant_id", *sorted(people["validation"] - people["train"])]}
+    for place, (kind, keys) in enumerate((("verb", LISTS["epic"].verbs), ("noun", LISTS["epic"].nouns))):
+        done = pd.Series([pair[place] for reel in reels if reel.split == "train" for pair in reel.keys])
+        counts = done.value_counts().reindex(list(keys), fill_value=0).to_numpy()
+        lines[f"EPIC_100_tail_{kind}s.csv"] = [kind, *np.flatnonzero(~head_classes(counts) & (counts > 0))]
+    for name, own in lines.items():
+        if not (folder / name).exists() and os.access(folder, os.W_OK):
+            _text(folder / name, own)
 
 
 def _annotate_ego4d(root: Path, reels: list[Reel]) -> None:
@@ -377,7 +391,7 @@ def write_reel(
     write_video(root / reel.path, reel.footage)
     yield len(reel.actions)
 
-# %% ../nbs/27_mini.ipynb #9ffa525d
+# %% ../nbs/27_mini.ipynb #9fdb5991
 def _same_world(
     root: Path,
     wanted: dict,  # version, size, seed
@@ -406,6 +420,7 @@ def build(
         return [reel for reel in reels if not (root / reel.dataset / reel.path).exists()]
 
     if _same_world(root, wanted) and not lacking():
+        _list_epic(root / "epic", [reel for reel in reels if reel.dataset == "epic"])  # worlds of before have no such lists
         return root
     root.mkdir(parents=True, exist_ok=True)
     with open(root / ".lock", "w") as lock:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'epic_frame_rate', 'read_epic', 'read_ego4d', 'central_window', 'read_egtea', 'read_csv', 'read_segments',
-           'read_classes']
+           'read_classes', 'read_epic_unseen', 'read_epic_tail', 'head_classes']
 
 # %% ../nbs/03_segments.ipynb #68a15d31
 import hashlib
@@ -429,3 +429,55 @@ def read_classes(
     if dataset == "egtea":
         return _egtea_classes(root, kind, empty_class)
     return {"epic": _epic_classes, "ego4d": _ego4d_classes, "csv": _csv_classes}[dataset](root, kind)
+
+# %% ../nbs/03_segments.ipynb #6e3bcf3d
+def _epic_ids(
+    root: str | Path,
+    name: str,  # of the file
+    column: str,
+) -> tuple[Path, pd.DataFrame] | None:  # the file and its rows; None where it is not there
+    root = _root(root)
+    try:
+        path = _find(name, root, _EPIC_FOLDERS, _EPIC_SOURCE)
+    except DataError:
+        return None
+    rows = read_table(path, [column])
+    _reject((rows[column] == "") | rows[column].duplicated(keep=False), f"{path}: {column} is empty or repeated", rows, [column])
+    return path, rows
+
+
+def read_epic_unseen(
+    root: str | Path,  # as `read_epic` wants it
+    split: str = "validation",  # or "test"
+) -> list[str] | None:  # participants, for example "P18"; None where the folder has no such file
+    "Participants of a split of whom nothing is in the training list, from the official `EPIC_100_unseen_participant_ids_{split}.csv`."
+    _one_of(split, ("validation", "test"), "split")
+    found = _epic_ids(root, f"EPIC_100_unseen_participant_ids_{split}.csv", "participant_id")
+    return found and list(found[1]["participant_id"])
+
+
+def read_epic_tail(
+    root: str | Path,  # as `read_epic` wants it
+    kind: str,  # "noun" or "verb"
+) -> np.ndarray | None:  # (K,) ascending labels; None where the folder has no such file
+    "Classes that are rare in the training list, from the official `EPIC_100_tail_{kind}s.csv`."
+    _one_of(kind, ("noun", "verb"), "kind")
+    found = _epic_ids(root, f"EPIC_100_tail_{kind}s.csv", kind)
+    if found is None:
+        return None
+    path, rows = found
+    labels, classes = _numbers(rows, [kind], path, whole=True)[kind], len(_epic_classes(_root(root), kind))
+    _reject((labels < 0) | (labels >= classes), f"{path}: {kind} is not one of the {classes} classes", rows, [kind])
+    return np.sort(labels.to_numpy())
+
+# %% ../nbs/03_segments.ipynb #8d72e25c
+def head_classes(
+    counts: np.ndarray,  # (C,) training segments of each class
+    share: float = 0.8,  # of all segments
+) -> np.ndarray:  # (C,) bool
+    "The most frequent classes, as many as it takes to hold `share` of the segments; of classes with the same count the first come first."
+    order = np.argsort(-np.asarray(counts), kind="stable")
+    before = np.cumsum(counts[order]) - counts[order]
+    head = np.zeros(len(counts), dtype=bool)
+    head[order] = (before < share * counts.sum()) & (counts[order] > 0)
+    return head
