@@ -11,20 +11,25 @@ import sys
 import time
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 import numpy as np
 import open_clip
 import pytest
+import timm
 import torch
+from open_clip.model import CLIP
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from xmic import encoders
-from xmic.encoders import ClassEmbeddings, Encoder, build_model, create_encoder, embed_classes, hash_weights, read_weights
+from xmic.encoders import (DINOV2_NAMES, ClassEmbeddings, Encoder, build_model, create_encoder, embed_classes, has_text, hash_weights, read_weights,
+                           set_image_size, timm_name)
 from xmic.files import DataError
 from xmic.pixels import CLIP_MEAN, CLIP_STD, Preprocess
+from xmic.text import TextTower
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*RANDOM weights"),
               pytest.mark.filterwarnings("ignore:.*(deprecated|TracerWarning):"),
@@ -467,6 +472,271 @@ def test_an_unreachable_hub_fails_fast(hub, monkeypatch):
     with pytest.raises(DataError, match=r"xmictest-quickgelu \(absent\).*cannot be downloaded.*xmic/absent.*weights='/path/to/file'"):
         create_encoder(QUICK, "absent", "cpu")
     assert time.perf_counter() - start < 10
+
+
+# --- DINOv2 ---------------------------------------------------------------------------------------------------------
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SMALL = dict(depth=2, embed_dim=48, num_heads=3)
+
+
+def official(state: dict) -> dict:
+    "timm's weights in the layout of DINOv2's authors."
+    state = {"mask_token": torch.randn(1, state["cls_token"].shape[-1]), **state}
+    if "reg_token" in state:
+        state["register_tokens"] = state.pop("reg_token")
+        first = torch.randn_like(state["cls_token"])
+        state |= {"cls_token": state["cls_token"] - first, "pos_embed": torch.cat([first, state["pos_embed"]], 1)}
+    if "blocks.0.mlp.fc1.weight" in state and state["blocks.0.mlp.fc1.weight"].shape[0] != 2 * state["blocks.0.mlp.fc2.weight"].shape[1]:
+        return state
+    return {k.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): v for k, v in state.items()}
+
+
+@pytest.fixture
+def small_dinov2(monkeypatch, tmp_path):
+    "DINOv2s of two narrow blocks; gives a function that writes the official file of one, and its path."
+    real = timm.create_model
+    monkeypatch.setattr(timm, "create_model", partial(real, **SMALL))
+
+    def write(architecture: str) -> Path:
+        torch.manual_seed(5)
+        state = {k: (2 if k == "pos_embed" else 0.4) * torch.randn_like(v) for k, v in timm.create_model(architecture, num_classes=0).state_dict().items()}
+        torch.save(official(state), tmp_path / f"{architecture}.pth")
+        save_file(state, tmp_path / f"{architecture}.safetensors")
+        return tmp_path / f"{architecture}.pth"
+    return write
+
+
+@pytest.mark.parametrize("name, parameters, tensors, width", [
+    ("dinov2_vits14", 22_056_576, 175, 384), ("dinov2_vitb14", 86_580_480, 175, 768), ("dinov2_vitl14", 304_368_640, 343, 1024),
+    ("dinov2_vits14_reg", 22_058_112, 176, 384), ("dinov2_vitg14", 1_136_480_768, 567, 1536)])
+def test_official_files_have_the_published_number_of_weights(name, parameters, tensors, width):
+    with torch.device("meta"): state = official(timm.create_model(timm_name(name)[0], num_classes=0).state_dict())
+    assert (sum(t.numel() for t in state.values()), len(state)) == (parameters, tensors)
+    assert state["cls_token"].shape == (1, 1, width) and state["pos_embed"].shape == (1, 1370, width)
+    assert ("blocks.0.mlp.w12.weight" in state) == ("vitg" in name) and ("register_tokens" in state) == name.endswith("_reg")
+
+
+def test_names_of_dinov2():
+    assert len(DINOV2_NAMES) == 8 and {timm_name(name)[0] for name in DINOV2_NAMES} == set(timm.list_models("*_dinov2"))
+    assert timm_name("vit_small_patch14_dinov2.lvd142m") == ("vit_small_patch14_dinov2", "lvd142m")
+    assert not any(map(has_text, [*DINOV2_NAMES, "vit_small_patch14_dinov2.lvd142m", "mini-dino"]))
+    assert all(map(has_text, ["ViT-B-16-quickgelu", "ViT-B-16-SigLIP", "mini-clip", "convnext_base", "unknown"]))
+
+
+@pytest.mark.parametrize("hub", ["dinov2_vits14", "dinov2_vitb14_reg", "dinov2_vitg14", "dinov2_vitg14_reg"])
+def test_dinov2_is_timms(small_dinov2, hub):
+    name, file = timm_name(hub)[0], small_dinov2(timm_name(hub)[0])
+    encoder = create_encoder(name, file, "cpu")
+    model = timm.create_model(name, img_size=224, num_classes=0, pretrained=True, pretrained_cfg_overlay=dict(file=str(file))).eval()
+    shots = frames(3, 300, 400)
+    with torch.no_grad(): expected = model(encoder.normalise(encoder.preprocess.pixels(shots)))
+    torch.testing.assert_close(encoder.encode_frames(shots), expected, rtol=1e-4, atol=1e-5)
+    assert expected.shape == (3, 48) and encoder.dim == 48 and encoder.logit_scale is None and encoder.logit_bias == 0
+    assert encoder.preprocess == Preprocess(224, "shortest", "bicubic", *IMAGENET, short_side=256)
+    with pytest.raises(DataError, match="has no text side"): encoder.encode_text(["cup"])
+
+    copied, tagged, theirs = (create_encoder(n, f, "cpu") for n, f in (
+        (name, file.with_suffix(".safetensors")), (f"{name}.lvd142m", file), (hub, file)))
+    assert tagged.fingerprint == encoder.fingerprint
+    torch.testing.assert_close(copied.encode_frames(shots), encoder.encode_frames(shots), rtol=1e-4, atol=1e-5)
+    if hub.endswith("_reg"):
+        assert theirs.fingerprint == encoder.fingerprint and "position_interpolation" not in theirs.describe()
+    else:
+        assert copied.fingerprint == encoder.fingerprint != theirs.fingerprint
+        assert (encoder.describe()["position_interpolation"], theirs.describe()["position_interpolation"]) == ("timm", "hub")
+        assert theirs.fingerprint == create_encoder(name, file, "cpu", position_interpolation="hub").fingerprint
+        assert encoder.fingerprint == create_encoder(hub, file, "cpu", position_interpolation="timm").fingerprint
+        assert (theirs.encode_frames(shots) - encoder.encode_frames(shots)).norm() > 2e-3 * expected.norm()
+
+
+def bicubic(before: int, after: int, scale: float) -> np.ndarray:
+    "The matrix (after, before) of bicubic sampling (A = -0.75, border repeated) at steps of `1 / scale`."
+    matrix = np.zeros((after, before))
+    for i in range(after):
+        at = (i + 0.5) / scale - 0.5
+        for k in range(int(np.floor(at)) - 1, int(np.floor(at)) + 3):
+            d, a = abs(at - k), -0.75
+            weight = (a + 2) * d**3 - (a + 3) * d**2 + 1 if d <= 1 else a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+            matrix[i, min(max(k, 0), before - 1)] += weight
+    return matrix
+
+
+def test_the_authors_positions():
+    model = timm.create_model("vit_small_patch14_dinov2", num_classes=0, **SMALL)
+    table = torch.randn(1, 1370, 48, dtype=torch.float64).float()
+    model.pos_embed = torch.nn.Parameter(table.clone())
+    set_image_size(model, 224, "hub")
+    m = bicubic(37, 16, 16.1 / 37)
+    expected = np.einsum("ir,js,rsw->ijw", m, m, table[0, 1:].double().numpy().reshape(37, 37, 48)).reshape(256, 48)
+    np.testing.assert_allclose(model.pos_embed[0, 1:].detach().numpy(), expected, atol=2e-4)
+    assert torch.equal(model.pos_embed[:, :1], table[:, :1]) and model.patch_embed.grid_size == (16, 16)
+
+
+def spoil(state: dict, fault: str) -> str:
+    "Spoils official weights with registers; returns what the error must say."
+    if fault == "mask": state["mask_token"] = torch.zeros(1, 47); return r"shape: mask_token is \(1, 47\)"
+    if fault == "grid": state["pos_embed"] = torch.zeros(1, 257, 48); return r"shape: pos_embed is \(1, 257, 48\), the model's \(1, 1370, 48\)"
+    if fault == "ragged": state["pos_embed"] = torch.zeros(1, 1300, 48); return "shape: pos_embed"
+    if fault == "patch": state["patch_embed.proj.weight"] = torch.zeros(48, 3, 16, 16); return "shape: patch_embed.proj.weight"
+    if fault == "cls": del state["cls_token"]; return "missing: cls_token"
+    if fault == "block": del state["blocks.1.ls2.gamma"]; return "missing: blocks.1.ls2.gamma"
+    if fault == "extra": state["head.weight"] = torch.zeros(2, 48); return "unexpected: head.weight"
+    if fault == "nan": state["blocks.0.norm1.bias"][3] = float("nan"); return "not finite: blocks.0.norm1.bias"
+    if fault == "nan mask": state["mask_token"][0, 0] = float("inf"); return "not finite: mask_token"
+    if fault == "none": del state["register_tokens"]; return "missing: register_tokens"
+    raise AssertionError(fault)
+
+
+@pytest.mark.parametrize("fault", ["mask", "grid", "ragged", "patch", "cls", "block", "extra", "nan", "nan mask", "none"])
+def test_official_files_are_read_strictly(small_dinov2, tmp_path, fault):
+    state = torch.load(small_dinov2("vit_small_patch14_reg4_dinov2"))
+    message = spoil(state, fault)
+    torch.save(state, tmp_path / "spoilt.pth")
+    with pytest.raises(DataError, match=message): create_encoder("dinov2_vits14_reg", tmp_path / "spoilt.pth", "cpu")
+
+
+def test_files_of_other_models_are_refused(small_dinov2):
+    with_registers, plain = map(small_dinov2, ("vit_small_patch14_reg4_dinov2", "vit_small_patch14_dinov2"))
+    with pytest.raises(DataError, match="unexpected: register_tokens"): create_encoder("dinov2_vits14", with_registers, "cpu")
+    with pytest.raises(DataError, match="missing: register_tokens"): create_encoder("dinov2_vits14_reg", plain, "cpu")
+    with pytest.raises(DataError, match="mlp.fc1.*is|unexpected"): create_encoder("dinov2_vitg14", plain, "cpu")
+    with pytest.raises(DataError, match="pos_embed is"): create_encoder("dinov2_vits14", with_registers.with_suffix(".safetensors"), "cpu")
+
+
+def test_settings_that_dinov2_does_not_have(small_dinov2):
+    for name, arguments, message in (
+            ("dinov2_vits14", dict(weights="imagenet"), "neither a file nor a pretrained tag of dinov2_vits14; its tags: lvd142m"),
+            ("vit_small_patch14_dinov2.other", dict(weights="random"), "no weights 'other' of vit_small_patch14_dinov2; it has lvd142m"),
+            ("dinov2_vits14", dict(weights="random", position_interpolation="bicubic"), "'bicubic' is not one of 'timm', 'hub'"),
+            (QUICK, dict(weights="random", position_interpolation="hub"), "a choice for DINOv2"),
+            ("dinov2_vits16", dict(weights="random"), "did you mean.*dinov2_vits14")):
+        with pytest.raises(DataError, match=message): create_encoder(name, device="cpu", **arguments)
+
+
+def test_dinov2_by_its_tag(small_dinov2, tmp_path, monkeypatch):
+    file = small_dinov2("vit_small_patch14_dinov2")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with monkeypatch.context() as offline:
+        offline.setattr(huggingface_hub, "hf_hub_url", lambda *_: "http://127.0.0.1:9/file")
+        with pytest.raises(DataError) as e: create_encoder("dinov2_vits14", device="cpu")
+    for part in ("vit_small_patch14_dinov2 (lvd142m)", "huggingface.co/timm/vit_small_patch14_dinov2.lvd142m (file model.safetensors)",
+                 "dinov2_vits14_pretrain.pth", "weights='/path/to/file'"):
+        assert part in str(e.value)
+    folder = tmp_path / "cache" / "models--timm--vit_small_patch14_dinov2.lvd142m"
+    (folder / "snapshots" / ("b" * 40)).mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("b" * 40)
+    (folder / "snapshots" / ("b" * 40) / "model.safetensors").write_bytes(file.with_suffix(".safetensors").read_bytes())
+    monkeypatch.setattr(encoders, "get_session", lambda: pytest.fail("asked the network"))
+    named = [create_encoder(name, weights, "cpu") for name, weights in (
+        ("vit_small_patch14_dinov2", None), ("vit_small_patch14_dinov2.lvd142m", None), ("vit_small_patch14_dinov2", "lvd142m"))]
+    assert {e.fingerprint for e in named} == {create_encoder("vit_small_patch14_dinov2", file, "cpu").fingerprint}
+    assert named[0].weights == "lvd142m"
+
+
+def test_the_first_dino_is_a_tag_of_timm(monkeypatch):
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, **SMALL))
+    encoder = create_encoder("vit_base_patch16_224.dino", "random", "cpu")
+    assert encoder.preprocess == Preprocess(224, "shortest", "bicubic", *IMAGENET, short_side=256)
+    assert create_encoder("vit_base_patch16_224", "random", "cpu").preprocess.short_side is None
+    assert encoder.encode_frames(frames(2)).shape == (2, 48)
+
+
+# --- larger CLIPs, and SigLIP ---------------------------------------------------------------------------------------
+
+def test_the_larger_clip_is_openais():
+    with torch.device("meta"): model = CLIP(**open_clip.get_model_config("ViT-L-14-quickgelu"))
+    assert (sum(p.numel() for p in model.parameters()), len(model.state_dict())) == (427_616_513, 446)
+    assert encoders.activations(model) == "QuickGELU" and open_clip.is_pretrained_cfg("ViT-L-14-quickgelu", "openai")
+    assert open_clip.get_model_config("ViT-L-14-quickgelu")["embed_dim"] == 768
+
+
+SIGLIP = "xmictest-siglip-like"
+SIGLIP_CONFIG = {"embed_dim": 64, "init_logit_bias": -10, "custom_text": True,
+                 "vision_cfg": {"image_size": 160, "timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_pool": "", "timm_proj": "none"},
+                 "text_cfg": {"context_length": 10, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2, "no_causal_mask": True,
+                              "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}}
+
+
+@pytest.fixture
+def siglip(tmp_path, monkeypatch) -> tuple[Path, torch.nn.Module]:
+    "A file of weights of a small model built like SigLIP, which a tag of open_clip's table names too; and open_clip's own model."
+    (tmp_path / f"{SIGLIP}.json").write_text(json.dumps(SIGLIP_CONFIG))
+    open_clip.add_model_config(tmp_path / f"{SIGLIP}.json")
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda *_: open_clip.SimpleTokenizer(context_length=10))
+    model = build_model(SIGLIP, seed=3).eval()
+    with torch.no_grad(): model.logit_scale.fill_(math.log(117)), model.logit_bias.fill_(-12.9)
+    save_file(model.state_dict(), tmp_path / "siglip.safetensors")
+    tag = {"url": "", "hf_hub": "xmic/siglip/", "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, SIGLIP, {"webli": tag})
+    monkeypatch.setattr(encoders, "fetch_weights", lambda *_: tmp_path / "siglip.safetensors")
+    return tmp_path / "siglip.safetensors", model
+
+
+def test_siglip_is_open_clips(siglip):
+    file, model = siglip
+    encoder = create_encoder(SIGLIP, "webli", "cpu", resize="as trained")
+    transform = open_clip.image_transform(160, is_train=False, mean=(0.5,) * 3, std=(0.5,) * 3, resize_mode="squash", interpolation="bicubic")
+    with torch.no_grad():
+        expected, _ = model.get_logits(torch.stack([transform(Image.fromarray(frame)) for frame in frames()]), encoder.tokenizer(NAMES))
+    images, texts = (torch.nn.functional.normalize(x, dim=-1) for x in (encoder.encode_frames(frames()), encoder.encode_text(NAMES)))
+    logits = encoder.logit_scale * images @ texts.T
+    torch.testing.assert_close(logits + encoder.logit_bias, expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(logits.softmax(-1), expected.softmax(-1), rtol=1e-3, atol=1e-4)
+    assert encoder.logit_bias == pytest.approx(-12.9) and encoder.logit_scale == pytest.approx(117, rel=1e-5)
+    assert encoder.describe()["logit_bias"] == encoder.logit_bias and encoder.describe()["preprocess"]["resize"] == "squash"
+    assert create_encoder(SIGLIP, file, "cpu", resize="as trained").fingerprint == encoder.fingerprint
+
+
+def test_how_frames_are_resized_is_a_choice(siglip):
+    shortest = create_encoder(SIGLIP, "webli", "cpu")
+    assert shortest.preprocess == Preprocess(160, "shortest", "bicubic", (0.5,) * 3, (0.5,) * 3)
+    assert shortest.with_resize("as trained").preprocess.resize == "squash"
+    assert shortest.with_resize("as trained").with_resize("shortest").fingerprint == shortest.fingerprint
+
+
+def test_a_clip_without_bias_is_as_before(encoder):
+    assert encoder.logit_bias == 0.0 and "logit_bias" not in encoder.describe() and "short_side" not in encoder.describe()["preprocess"]
+    assert encoder.with_resize("as trained").fingerprint == encoder.fingerprint
+
+
+def test_siglips_bias_is_loaded_strictly_and_counts(siglip, tmp_path):
+    file, model = siglip
+    state = load_file(file)
+    (tmp_path / "more").mkdir()
+    save_file({k: v for k, v in state.items() if k != "logit_bias"}, tmp_path / "more" / "without.safetensors")
+    with pytest.raises(DataError, match="missing: logit_bias"): create_encoder(SIGLIP, tmp_path / "more" / "without.safetensors", "cpu")
+    save_file(state | {"logit_bias": torch.tensor([-1.0])}, tmp_path / "more" / "other.safetensors")
+    other = create_encoder(SIGLIP, tmp_path / "more" / "other.safetensors", "cpu")
+    assert other.logit_bias == -1 and other.fingerprint != create_encoder(SIGLIP, file, "cpu").fingerprint
+
+
+def test_prompts_cannot_be_learned_for_siglip(siglip):
+    encoder = create_encoder(SIGLIP, siglip[0], "cpu")
+    with pytest.raises(DataError, match="its tokens see those that follow"): TextTower(encoder.model, encoder.tokenizer)
+
+
+def test_a_tokenizer_that_cannot_be_had_is_said_before_anything_is_built(monkeypatch):
+    def unreachable(*_): raise OSError("We couldn't connect to\n'https://huggingface.co'")
+    monkeypatch.setattr(open_clip, "get_tokenizer", unreachable)
+    monkeypatch.setattr(encoders, "build_model", lambda *_: pytest.fail("built"))
+    with pytest.raises(DataError, match=r"tokenizer of ViT-B-16-SigLIP.*couldn't connect.*huggingface.co/timm/ViT-B-16-SigLIP: install transformers"):
+        create_encoder("ViT-B-16-SigLIP", "random", "cpu")
+
+
+def test_texts_cut_by_other_tokenizers_are_said_too(encoder):
+    class Words:  # as Hugging Face's: words and one end
+        def num_special_tokens_to_add(self): return 1
+        def __call__(self, text, add_special_tokens): return type("", (), {"input_ids": text.split()})
+
+    class Wrapped:
+        context_length, tokenizer, clean_fn = 10, Words(), staticmethod(str.strip)
+        def __call__(self, texts): return open_clip.SimpleTokenizer(context_length=10)(texts)
+
+    other = copy.copy(encoder)
+    other.tokenizer = Wrapped()
+    with pytest.warns(UserWarning, match="1 of 2 texts have more than 9 tokens"): other.encode_text([" ".join(["cup"] * 10), " ".join(["cup"] * 8)])
 
 
 # --- class embeddings -----------------------------------------------------------------------------------------------

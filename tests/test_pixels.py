@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from xmic.files import DataError
 from xmic.pixels import CLIP_MEAN, CLIP_STD, Preprocess, crop_box
@@ -52,6 +53,27 @@ def test_equals_open_clip(size, resize):
 def test_equals_open_clip_at_any_size(height, width, size, resize, interpolation):
     frame, preprocess = noise(height, width, 3, seed=height), Preprocess(size, resize, interpolation)
     assert np.array_equal(preprocess.pixels(frame[None])[0], reference(frame, preprocess)[0])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("side, short", [(224, 256), (56, 57), (98, 112), (30, 30)])
+def test_a_margin_is_torchvisions_resize_and_crop(size, side, short):
+    frame = noise(*size, 3)
+    theirs = Compose([Resize(short, InterpolationMode.BICUBIC, antialias=True), CenterCrop(side)])(Image.fromarray(frame))
+    assert np.array_equal(Preprocess(side, short_side=short).pixels(frame[None])[0], np.asarray(theirs))
+
+
+def test_a_margin_leaves_squash_alone_and_holds_for_crops():
+    frame, box = noise(1, 120, 200, 3), (10, 20, 90, 110)
+    assert np.array_equal(Preprocess(56, "squash", short_side=64).pixels(frame), Preprocess(56, "squash").pixels(frame))
+    crop = np.ascontiguousarray(frame[:, 20:110, 10:90])
+    assert np.array_equal(Preprocess(56, short_side=64).pixels(frame, [box]), Preprocess(56, short_side=64).pixels(crop))
+    with pytest.raises(DataError, match="short_side=55"): Preprocess(56, short_side=55)
+
+
+def test_settings_as_json_name_the_margin_only_where_there_is_one():
+    plain = dict(size=224, resize="shortest", interpolation="bicubic", mean=list(CLIP_MEAN), std=list(CLIP_STD))
+    assert Preprocess().as_dict() == plain and Preprocess(short_side=256).as_dict() == plain | dict(short_side=256)
 
 
 def test_a_box_is_a_crop_and_then_the_whole_frame_rule():

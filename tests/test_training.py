@@ -1,23 +1,25 @@
 """Training and evaluation: schedules, seeds, resuming to the bit, what is recorded, and settings that cannot be."""
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
-from world import kill_and_resume, register_tiny, write_world
+from world import extract_config, kill_and_resume, register_tiny, write_world
 from xmic.encoders import ClassEmbeddings, create_encoder
 from xmic.evaluation import accuracy, mean_per_class, restricted_top1, top1
-from xmic.features import dataset_store, shard_name, write_shard
+from xmic.features import dataset_store, extract_dataset, shard_name, write_shard
 from xmic.files import DataError, settings, write_json
 from xmic.recognizer import Recognizer
 from xmic.streams import Batch
-from xmic.training import (EvaluateConfig, RunResult, TrainConfig, evaluate_run, held_out_videos, learning_rate, resolve, run_name, subsample,
-                           train)
+from xmic.training import (EvaluateConfig, RunResult, TrainConfig, build_method, evaluate_run, held_out_videos, learning_rate, resolve, run_name,
+                           subsample, train)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
 NOUNS, VERBS = ["pan", "knife", "tap", "cup"], ["take", "put", "wash"]
@@ -226,7 +228,8 @@ def test_no_features_at_all_says_what_to_run(config, tmp_path):
     (dict(warmup_epochs=4), "leaves none of the 4 epochs"), (dict(targets=["csv"]), "always evaluated"),
     (dict(selection="target (as released)"), "needs a target"), (dict(template="photo"), "must contain {}"),
     (dict(double_shift=True), "takes no part"), (dict(frames=0), "frames=0"), (dict(lr=-1.0), "lr=-1.0"),
-    (dict(method="zero_shot", context_encoder="x"), "no conditioning stream")])
+    (dict(method="zero_shot", context_encoder="x"), "no conditioning stream"), (dict(encoder="dinov2_vitl14"), "has no text tower"),
+    (dict(encoder="mini-dino"), "name a CLIP there"), (dict(resize="stretch"), "'as trained'")])
 def test_contradicting_settings_are_refused_before_any_work(config, changes, message):
     with pytest.raises(DataError) as e:
         train(replace(config, **changes))
@@ -435,6 +438,32 @@ def test_vita_clip_trains_resumes_and_is_recognised_with(filmed, tmp_path, monke
     assert same(run, interrupted(replace(config, name="broken"), monkeypatch, 7))
     answer = Recognizer.from_pretrained(run.folder, "cpu").predict(filmed / "csv/videos/v0.mp4", nouns=["pan", "knife", "spoon"])
     assert set(answer.nouns.name) == {"pan", "knife", "spoon"} and not np.allclose(answer.nouns.score, answer.nouns.zero_shot)
+
+
+def test_the_adapter_reads_a_dino_of_another_width(filmed, tmp_path, monkeypatch):
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, depth=2, embed_dim=48, num_heads=3))
+    for encoder in (register_tiny(), "dinov2_vits14"):
+        extract_dataset(extract_config(filmed / "csv", tmp_path / "features", encoder=encoder, feature_fps=5.0))
+    config = TrainConfig(dataset="csv", data_root=str(filmed / "csv"), features_root=str(tmp_path / "features"), runs_root=str(tmp_path / "runs"),
+                         encoder=register_tiny(), weights="random", context_encoder="dinov2_vits14", context_weights="random", device="cpu",
+                         frames=4, epochs=30, warmup_epochs=1, batch_size=5, lr=3e-3, post_mlp=False, progress=False)
+    run = train(config)
+    assert run.history.loss.iloc[-3:].mean() < 0.7 * run.history.loss.iloc[0]
+    assert sorted({m["dim"] for m in run.metrics["features"]["csv"].values()}) == [32, 48]
+    assert sum("vit_small_patch14_dinov2-random" in name for name in run.metrics["features"]["csv"]) == 2
+    again = train(replace(config, name="clip alone", context_encoder=None, context_weights=None))
+    assert again.metrics["parameters"] < run.metrics["parameters"]
+    answer = Recognizer.from_pretrained(run.folder, "cpu").predict(filmed / "csv/videos/v0.mp4", nouns=["pan", "knife"])
+    assert set(answer.nouns.name) == {"pan", "knife"} and not np.allclose(answer.nouns.score, answer.nouns.zero_shot)
+
+
+@pytest.mark.parametrize("dim, context", [(512, 512), (768, 768), (768, 1024), (512, 384), (512, 1536)])
+def test_xmic_upon_larger_backbones(dim, context):
+    method = build_method(resolve(TrainConfig()), dim, context, 100.0)
+    batch = Batch(torch.randn(3, 16, dim), torch.randn(3, 16, 2, context))
+    logits = method(batch, ClassEmbeddings(["cup"] * 5, torch.randn(5, dim)))
+    logits.logsumexp(1).sum().backward()
+    assert logits.shape == (3, 5) and all(p.grad is not None for p in method.parameters() if p.requires_grad)
 
 
 def test_vita_clip_without_frames_says_what_to_run(filmed, tmp_path):

@@ -473,7 +473,7 @@ def extract(
     report.seconds = time.perf_counter() - begin
     return report
 
-# %% ../nbs/10_features.ipynb #bcf13185
+# %% ../nbs/10_features.ipynb #aa36e300
 @dataclass
 class ExtractConfig:
     "All settings of an extraction."
@@ -481,9 +481,9 @@ class ExtractConfig:
     dataset: str = "epic"  # epic, ego4d, egtea or csv
     data_root: str | None = None  # its folder; None: data/<dataset>
     splits: list[str] = field(default_factory=lambda: ["train", "test"])  # which segments
-    encoder: str = "ViT-B-16-quickgelu"  # an open_clip name
+    encoder: str = "ViT-B-16-quickgelu"  # an open_clip or timm name, or one of DINOv2's, such as "dinov2_vitl14"
     weights: str | None = None  # pretrained tag, local file, or "random"; None: OpenAI's
-    resize: str = "shortest"  # full frames: "shortest" side and centre crop, "squash", or "as released" (by dataset)
+    resize: str = "shortest"  # full frames: "shortest" side and centre crop, "squash", "as released" (by dataset) or "as trained" (by encoder)
     views: list[str] = field(default_factory=lambda: ["full", "hand"])  # whole frames, and crops around hands and what they touch
     boxes: str | None = None  # hand boxes or detections: a file or folder; None: where data/README.md says
     hand_threshold: float | None = None  # None: 0.8 for EPIC-KITCHENS, 0.5 for Ego4D, as released
@@ -499,9 +499,9 @@ class ExtractConfig:
     precision: str = "auto"  # "auto" (bf16 on GPU, fp32 on CPU), "fp32" or "bf16"
     progress: bool = True
 
-# %% ../nbs/10_features.ipynb #f855d6f7
+# %% ../nbs/10_features.ipynb #6d54e4eb
 def resize_policy(
-    resize: str,  # "shortest", "squash" or "as released"
+    resize: str,  # "shortest", "squash", "as released" or "as trained"
     dataset: str,
 ) -> str:
     "The release squashes the full frames of Ego4D and EGTEA, and keeps the aspect of EPIC-KITCHENS'."
@@ -511,7 +511,7 @@ def resize_policy(
 def dataset_store(
     features_root: str | Path,
     encoder: Encoder,
-    resize: str,  # "shortest", "squash" or "as released"
+    resize: str,  # "shortest", "squash", "as released" or "as trained"
     dataset: str,
 ) -> FeatureStore:
     "Where the features of a dataset by an encoder lie."

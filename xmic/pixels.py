@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'FILTERS', 'crop_box', 'Preprocess']
 
-# %% ../nbs/06_pixels.ipynb #3c483219
-from dataclasses import dataclass
+# %% ../nbs/06_pixels.ipynb #2e50680d
+from dataclasses import asdict, dataclass
 from typing import Sequence
 
 import numpy as np
@@ -36,7 +36,7 @@ def crop_box(
                         "was it measured on frames of another size?")
     return frame[top:bottom, left:right]
 
-# %% ../nbs/06_pixels.ipynb #22fa8a14
+# %% ../nbs/06_pixels.ipynb #dda916bf
 @dataclass(frozen=True)
 class Preprocess:
     "What is done to a frame before an encoder sees it. `pixels` is the 8-bit part; mean and std are applied on the device."
@@ -45,11 +45,19 @@ class Preprocess:
     interpolation: str = "bicubic"  # or "bilinear"; antialiased
     mean: tuple[float, float, float] = CLIP_MEAN  # per channel, of values in [0, 1]
     std: tuple[float, float, float] = CLIP_STD
+    short_side: int | None = None  # of the frame before the centre crop of "shortest", pixels; None: S
 
     def __post_init__(self):
         for value, allowed in ((self.resize, ("shortest", "squash")), (self.interpolation, tuple(FILTERS))):
             if value not in allowed:
                 raise DataError(f"{value!r} is not one of {', '.join(map(repr, allowed))}")
+        if self.short_side is not None and self.short_side < self.size:
+            raise DataError(f"short_side={self.short_side}: a square of {self.size} pixels cannot be cut out of that")
+
+    def as_dict(self) -> dict:
+        "As JSON, for fingerprints and manifests; without `short_side` where it is S."
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {k: v for k, v in values.items() if k != "short_side" or v is not None}
 
     def pixels(
         self,
@@ -74,7 +82,7 @@ class Preprocess:
         height, width = frame.shape[:2]
         size = [self.size, self.size]
         if self.resize == "shortest":
-            size = [int(self.size * side / min(height, width)) for side in (height, width)]
+            size = [int((self.short_side or self.size) * side / min(height, width)) for side in (height, width)]
         image = Image.fromarray(np.ascontiguousarray(frame)).resize(size[::-1], FILTERS[self.interpolation])
         top, left = (round((side - self.size) / 2) for side in size)
         return np.asarray(image)[top:top + self.size, left:left + self.size]

@@ -9,7 +9,7 @@ __all__ = ['RECIPES', 'ALIKE', 'PUBLISHED', 'SELECTIONS', 'METHODS', 'UNTRAINED'
            'provenance', 'pick_device', 'peak_memory', 'held_out_videos', 'Selection', 'evaluate', 'train', 'restore',
            'EvaluateConfig', 'evaluate_run']
 
-# %% ../nbs/20_training.ipynb #988dedc9
+# %% ../nbs/20_training.ipynb #08faab14
 import hashlib
 import json
 import math
@@ -33,7 +33,7 @@ import xmic
 from .adapter import XMIC, ZeroShot, trained_parameters
 from .classes import ClassSet
 from .clip_adapter import AVERAGES, BRANCHES, CLIPAdapter
-from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_classes
+from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_classes, has_text
 from .evaluation import harmonic_means, predict, split_logits, sum_classes, summarise
 from .features import FeatureStore, StoredView, Timed, dataset_store, resize_policy
 from .files import DataError, did_you_mean, from_root, project_root, read_json, settings, whole_file, write_json
@@ -66,7 +66,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # of the baselines, in place of X-MIC'
 }
 SELECTIONS = ("last", "source validation", "target (as released)")
 
-# %% ../nbs/20_training.ipynb #69f0522e
+# %% ../nbs/20_training.ipynb #914771c0
 @dataclass
 class TrainConfig:
     "All settings of a run. A field that is None takes its value from the recipe."
@@ -82,10 +82,10 @@ class TrainConfig:
     features_root: str = "features"  # folder of the feature stores
     encoder: str | None = None  # CLIP model that classifies, an open_clip name; None: ViT-B-16-quickgelu, or mini-clip on the mini world
     weights: str | None = None  # its pretrained tag, a local file, or "random"; None: OpenAI's
-    context_encoder: str | None = None  # encoder that the adapter reads; None: the same
+    context_encoder: str | None = None  # encoder that the adapter reads, with text or without, such as "dinov2_vitl14"; None: the same
     context_weights: str | None = None
     encoder_precision: str = "auto"  # that features were extracted with: "auto" (bf16 on GPU, fp32 on CPU), "fp32" or "bf16"
-    resize: str = "shortest"  # how full frames were resized: "shortest", "squash" or "as released" (by dataset)
+    resize: str = "shortest"  # how full frames were resized: "shortest", "squash", "as released" (by dataset) or "as trained" (by encoder)
     classified_view: str | None = None  # view that is compared with the texts: "hand" or "full"
     context_views: list[str] = field(default_factory=lambda: ["hand", "full"])  # views that the adapter reads
     frames: int = 16  # frames sampled from each segment
@@ -240,12 +240,12 @@ def text_tower(
     "The text tower that a run's method learns prompts for."
     return TextTower(encoder.model, encoder.tokenizer, config.text_memory) if config.method in PROMPTED else None
 
-# %% ../nbs/20_training.ipynb #ef198e29
+# %% ../nbs/20_training.ipynb #011af63f
 _CHOICES: dict[str, tuple[str, ...]] = dict(
     recipe=tuple(RECIPES), dataset=("epic", "ego4d", "egtea", "csv"), labels=("noun", "verb", "both"), method=tuple(METHODS), selection=SELECTIONS,
     optimizer=("adamw", "sgd"), schedule=("constant", "cosine"), prompt_position=POSITIONS, adapter_branches=BRANCHES, adapter_average=AVERAGES,
     classified_view=("hand", "full"), precision=("auto", "fp32", "bf16"), encoder_precision=("auto", "fp32", "bf16"),
-    resize=("shortest", "squash", "as released"))
+    resize=("shortest", "squash", "as released", "as trained"))
 
 
 def _field_faults(config: TrainConfig) -> list[str]:
@@ -268,7 +268,7 @@ def _field_faults(config: TrainConfig) -> list[str]:
             faults.append(f"{name}={getattr(config, name)} must be between 0 and 1: it is a share")
     return faults
 
-# %% ../nbs/20_training.ipynb #1fb6ac15
+# %% ../nbs/20_training.ipynb #2e382176
 def _contradictions(config: TrainConfig) -> list[str]:
     faults = []
     if config.template.count("{}") != 1:
@@ -288,6 +288,8 @@ def _contradictions(config: TrainConfig) -> list[str]:
         faults.append("double_shift is a rule of the release for Ego4D, which takes no part in this run")
     if config.double_shift and config.method in PIXELS:
         faults.append(f"double_shift moves the conditioning stream, and {config.method} has none")
+    if not has_text(config.encoder):
+        faults.append(f"encoder={config.encoder!r} has no text tower, so it cannot tell classes apart: name a CLIP there, and this one as context_encoder")
     if config.method not in CONDITIONED and config.context_encoder:
         faults.append(f"{config.method} has no conditioning stream: leave context_encoder out")
     if config.method == "clip_adapter_temporal" and config.temporal_layers < 1:
@@ -388,7 +390,7 @@ def _with_features(segments: pd.DataFrame, views: list[StoredView] | list[FrameS
                         f"{views[0].folder.parent}: run nbs/{notebook}.ipynb with dataset={dataset!r} and these encoders and views first")
     return segments[held].reset_index(drop=True)
 
-# %% ../nbs/20_training.ipynb #db390764
+# %% ../nbs/20_training.ipynb #3c684b06
 class RunData:
     "Everything that a run reads: encoders, class sets, class embeddings, segments and features."
 
@@ -432,7 +434,7 @@ class RunData:
 
     def _pixel_split(self, dataset: str, split: str, segments: pd.DataFrame) -> Split:
         c = self.config
-        preprocess = replace(self.encoder.preprocess, resize=resize_policy(c.resize, dataset))
+        preprocess = self.encoder.with_resize(resize_policy(c.resize, dataset)).preprocess
         store = FrameStore(frames_folder(self.features, preprocess, dataset, c.classified_view))
         found = _with_features(segments, [store], dataset, split, "store_frames")
         streams = PixelStreams(store, found.segment_id.tolist(), self.device, scale=c.crop_scale, flip=c.flip)
