@@ -15,8 +15,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from xmic.analysis import (action_accuracies, accuracies, actions, by_frequency, by_official_tail, by_participant, calibration,  # noqa: E402
-                           calibration_error, class_frequencies, confusions, difference, neighbours, over_seeds, pair_runs, paired_draws,
-                           plot_accuracies, plot_confusions, plot_differences, plot_reliability, predictions, reliability, t_quantile, tidy)
+                           calibration_error, class_frequencies, confusions, difference, neighbours, pair_runs, paired_draws,
+                           plot_accuracies, plot_confusions, plot_differences, plot_reliability, predictions, reliability, tidy)
 from xmic.classes import ClassSet  # noqa: E402
 from xmic.files import DataError, read_json, write_json  # noqa: E402
 from xmic.paper import harmonic_mean  # noqa: E402
@@ -134,12 +134,6 @@ def test_faulty_runs_are_refused(world, tmp_path, fault, message):
 
 # intervals
 
-@pytest.mark.parametrize("freedom, printed", [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042), (1000, 1.962)])
-def test_t_is_the_one_of_the_printed_tables(freedom, printed):
-    assert abs(t_quantile(freedom) - printed) < 6e-4
-    assert t_quantile(freedom, 0.99) > t_quantile(freedom)
-
-
 def test_several_seeds_have_students_interval_and_one_has_the_bootstrap(world):
     found = accuracies(predictions(*nouns(world)))
     runs = [pd.read_csv(world[f"noun{seed}"] / "predictions.csv") for seed in range(3)]
@@ -159,11 +153,6 @@ def test_mean_per_class_weighs_classes_alike(world):
     by_hand = np.mean([100 * (own.predicted == own.label).mean() for _, own in lines.groupby("label")])
     found = row(accuracies(predictions(world["zero_shot"])), dataset="csv", kind="noun", measure="mean_per_class")
     assert found.value == pytest.approx(by_hand) and found.classes == 3
-
-
-def test_an_interval_over_seeds_stays_within_0_and_100():
-    assert over_seeds([0.0, 1.0])["low"] == 0 and over_seeds([99.0, 100.0])["high"] == 100
-    assert over_seeds([5.0, 5.0]) == dict(value=5.0, low=5.0, high=5.0)
 
 
 def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(world):

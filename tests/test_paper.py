@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xmic.files import DataError, project_root
-from xmic.paper import harmonic_mean, printed
+from xmic.paper import harmonic_mean, over_seeds, printed, t_quantile
 
 KEY = ["table", "source", "method", "variant", "kind", "column"]
 COUNTS = {1: 108, 2: 108, 3: 48, 4: 18, 5: 36, 6: 18, 7: 60, "poster": 157}
@@ -114,3 +114,14 @@ def test_harmonic_mean_of_floats(a, b):
 def test_harmonic_mean_of_arrays():
     a, b = np.array([[0.0], [0.5], [np.nan]]), np.array([0.0, 0.5])
     np.testing.assert_array_equal(harmonic_mean(a, b), [[0, 0], [0, 0.5], [np.nan, np.nan]])
+
+
+@pytest.mark.parametrize("freedom, expected", [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042), (1000, 1.962)])
+def test_t_is_the_one_of_the_printed_tables(freedom, expected):
+    assert abs(t_quantile(freedom) - expected) < 6e-4
+    assert t_quantile(freedom, 0.99) > t_quantile(freedom)
+
+
+def test_an_interval_over_seeds_stays_within_0_and_100():
+    assert over_seeds([0.0, 1.0])["low"] == 0 and over_seeds([99.0, 100.0])["high"] == 100
+    assert over_seeds([5.0, 5.0]) == dict(value=5.0, low=5.0, high=5.0)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'CELL', 'MARKS', 'plot_history', 'plot_accuracies', 'plot_segments', 'plot_views', 'scores', 'tabulate',
-           'student', 'compare', 'layout', 'to_text', 'to_markdown', 'to_html', 'to_latex', 'plot_table', 'links',
+           'compare', 'layout', 'to_text', 'to_markdown', 'to_html', 'to_latex', 'plot_table', 'spread', 'links',
            'write_table']
 
-# %% ../nbs/23_reporting.ipynb #04f75d55
+# %% ../nbs/23_reporting.ipynb #8cf3623d
 import os
 from html import escape
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -24,7 +25,7 @@ from matplotlib.patches import Rectangle
 from .classes import clean_ego4d, clean_egtea, clean_epic
 from .clips import wanted_frames
 from .files import DataError, from_root, read_json, whole_file
-from .paper import PRINTED, harmonic_mean, printed
+from .paper import PRINTED, harmonic_mean, over_seeds, printed
 from .segments import read_classes, read_segments
 from .video import frame_indices, probe, read_frames
 
@@ -193,7 +194,7 @@ def _harmonic_interval(metrics: dict, kind: str, measure: str) -> tuple[float, f
     draws = harmonic_mean(*(100 * rng.binomial(a["count"], a["value"] / 100, 2000) / a["count"] for a in answers))
     return tuple(np.quantile(draws, [0.025, 0.975]))
 
-# %% ../nbs/23_reporting.ipynb #e364fee5
+# %% ../nbs/23_reporting.ipynb #9d54f9aa
 def tabulate(
     cells: pd.DataFrame,
     runs_root: str | Path,
@@ -202,21 +203,11 @@ def tabulate(
     every = scores(cells, runs_root)
     table = every.groupby(CELL, sort=False).agg(
         mean=("value", "mean"), std=("value", "std"), low=("low", "mean"), high=("high", "mean"), seeds=("value", "count"), wanted=("run", "size"),
-        segments=("segments", _range), chance=("classes", lambda n: 100 / n.max())).reset_index()
-    half = [student(int(n)) * sd / n**0.5 if n > 1 else np.nan for n, sd in zip(table.seeds, table["std"])]
-    over_seeds = table.seeds > 1
-    return table.assign(low=table.low.where(~over_seeds, table["mean"] - half), high=table.high.where(~over_seeds, table["mean"] + half))
-
-
-_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
-def student(
-    count: int,  # of values, at least 2
-) -> float:
-    "How many standard errors of the mean a 95 % interval reaches to either side; above ten values a close approximation."
-    free = count - 1
-    return _STUDENT[free - 1] if free <= len(_STUDENT) else 1.96 + 2.37 / free + 2.82 / free**2
+        segments=("segments", _range), chance=("classes", lambda n: 100 / n.max()))
+    for cell, values in every.dropna(subset="value").groupby(CELL, sort=False).value:
+        if len(values) > 1:
+            table.loc[cell, ["low", "high"]] = [over_seeds(list(values))[bound] for bound in ("low", "high")]
+    return table.reset_index()
 
 
 def _range(counts: pd.Series) -> str:
@@ -356,6 +347,20 @@ def plot_table(
             sns.move_legend(line[-1], "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
     sns.despine(fig)
     return fig
+
+# %% ../nbs/23_reporting.ipynb #c4758442
+def spread(
+    table: pd.DataFrame,  # with value, low, high and count, as `analysis` gives it
+    rows: Sequence[str],  # columns that tell the rows of the page apart
+    columns: Sequence[str],  # those that tell its columns apart
+) -> pd.DataFrame:  # texts
+    "Values with their 95 % intervals, and how many segments each column was counted on."
+    texts = [f"{v.value:.1f} [{v.low:.1f}, {v.high:.1f}]" if v.low == v.low else f"{v.value:.1f}" if v.value == v.value else "–" for v in table.itertuples()]
+    key = [*rows, *columns]
+    page = table[key].assign(text=texts).fillna("").pivot_table(index=list(rows), columns=list(columns), values="text", aggfunc="first", sort=False).fillna("")
+    counted = table.groupby(list(columns), sort=False)["count"].agg(lambda n: _range(n))
+    page.loc[("segments", *[""] * (len(rows) - 1)) if len(rows) > 1 else "segments"] = counted.reindex(page.columns)
+    return page
 
 # %% ../nbs/23_reporting.ipynb #c38d86f8
 def links(
