@@ -411,7 +411,7 @@ def _cause(notebook: Path, log: Path) -> str:
     words = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()] if log.exists() else []
     return words[-1] if words else "the process ended without a word: it was killed, or ran out of memory"
 
-# %% ../nbs/28_experiments.ipynb #feee4c65
+# %% ../nbs/28_experiments.ipynb #78ad98b1
 FIRST = ("ZS CLIP", "X-MIC")
 
 
@@ -446,7 +446,15 @@ def introduction(
                f"mean ± standard deviation over {made.seeds} seeds. " if several else "one seed, so differences of a few points mean nothing. ")
             + "Models are those of the last epoch; no target data chose them. The last lines of a table say how many segments were counted, and the level "
               "of chance. A cell without a run says so. Bold is the best of a column, underlined the second.\n\n"
-            + " · ".join(f"[Table {n}](#table{n})" for n in made.tables) + " · [What a step costs](#costs) · [What was encoded](#encoded) · [What was recognised](#recognised)")
+            + "\n".join(f"- [{words}]({place})" for place, words in _contents(made).items()))
+
+
+def _contents(made: Plan) -> dict[str, str]:  # address -> words
+    tables = {f"#table{n}": f"Table {n}: {TITLES[n]}" if n in PRINTED else TITLES[n] for n in made.tables}
+    return tables | ({"#poster": "The poster's tables"} if {1, 2, 4, 7} <= {*made.tables} else {}) | {
+        "#apart": "Which rows can be told apart", "#actions": "Actions: verb and noun both right", "#classes": "Classes that are common, rare, or new",
+        "#calibration": "Calibration", "#confusions": "What is taken for what"} | ({"clips.html": "Clips: won, lost, and why"} if 1 in made.tables else {}) | {
+        "#costs": "What a training step costs", "#encoded": "What was encoded", "#runs": "All runs, for programs"}
 
 # %% ../nbs/28_experiments.ipynb #7df48556
 def world_size(
