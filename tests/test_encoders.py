@@ -571,6 +571,17 @@ def test_the_authors_positions():
     expected = np.einsum("ir,js,rsw->ijw", m, m, table[0, 1:].double().numpy().reshape(37, 37, 48)).reshape(256, 48)
     np.testing.assert_allclose(model.pos_embed[0, 1:].detach().numpy(), expected, atol=2e-4)
     assert torch.equal(model.pos_embed[:, :1], table[:, :1]) and model.patch_embed.grid_size == (16, 16)
+    with pytest.raises(DataError, match="225 pixels is no whole number of patches of 14"): set_image_size(model, 225)
+
+
+def test_the_authors_positions_with_registers_are_timms():
+    tables = []
+    for how in ("hub", "timm"):
+        torch.manual_seed(0)
+        model = timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=0, **SMALL)
+        set_image_size(model, 224, how)
+        tables.append(model.pos_embed)
+    assert torch.equal(*tables) and tables[0].shape == (1, 256, 48)
 
 
 def spoil(state: dict, fault: str) -> str:
@@ -620,8 +631,8 @@ def test_dinov2_by_its_tag(small_dinov2, tmp_path, monkeypatch):
     with monkeypatch.context() as offline:
         offline.setattr(huggingface_hub, "hf_hub_url", lambda *_: "http://127.0.0.1:9/file")
         with pytest.raises(DataError) as e: create_encoder("dinov2_vits14", device="cpu")
-    for part in ("vit_small_patch14_dinov2 (lvd142m)", "huggingface.co/timm/vit_small_patch14_dinov2.lvd142m (file model.safetensors)",
-                 "dinov2_vits14_pretrain.pth", "weights='/path/to/file'"):
+    for part in ("dinov2_vits14 (lvd142m)", "create_encoder('dinov2_vits14', weights=", "huggingface.co/timm/vit_small_patch14_dinov2.lvd142m (file model.safetensors)",
+                 "dinov2_vits14_pretrain.pth"):
         assert part in str(e.value)
     folder = tmp_path / "cache" / "models--timm--vit_small_patch14_dinov2.lvd142m"
     (folder / "snapshots" / ("b" * 40)).mkdir(parents=True)

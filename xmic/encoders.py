@@ -70,12 +70,12 @@ def _fingerprint(encoder: "Encoder") -> str:
     words = [encoder.name, "random"] if encoder.weights == "random" else [encoder.name]
     return re.sub(r"[^\w.-]+", "-", "-".join([*words, encoder.preprocess.resize, encoder.precision, digest]))
 
-# %% ../nbs/08_encoders.ipynb #48713019
+# %% ../nbs/08_encoders.ipynb #389457f7
 def _warn_of_cut(tokenizer: Callable[[list[str]], Tensor], texts: list[str]) -> None:
     room, encode = getattr(tokenizer, "context_length", 2) - 2, getattr(tokenizer, "encode", None)
     if wrapped := getattr(tokenizer, "tokenizer", None):  # of Hugging Face
         room += 2 - wrapped.num_special_tokens_to_add()
-        encode = lambda text: wrapped(tokenizer.clean_fn(text), add_special_tokens=False).input_ids
+        encode = lambda text: wrapped(getattr(tokenizer, "clean_fn", str)(text), add_special_tokens=False).input_ids
     if encode is None: return
     long = [text for text in texts if len(text.encode()) > room and len(encode(text)) > room]
     if long:
@@ -311,9 +311,9 @@ def check_activation(
                     f"{'+'.join(built)}, which gives wrong features. Use the name {other!r}"
                     + ("" if other in open_clip.list_models() else f' (a model configuration with "quick_gelu": {str(quick_gelu).lower()})'))
 
-# %% ../nbs/08_encoders.ipynb #f22d7340
+# %% ../nbs/08_encoders.ipynb #006f6cb4
 def fetch_weights(
-    name: str,  # of the architecture
+    name: str,  # of the architecture, as `create_encoder` takes it
     tag: str,  # one of open_clip's or timm's pretrained tags of it
     timeout: float = 5.0,  # seconds to wait for the hub's first answer
 ) -> Path:
@@ -324,7 +324,7 @@ def fetch_weights(
         files = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
         download = lambda: open_clip.download_pretrained(config)
     else:
-        config = timm.get_pretrained_cfg(f"{name}.{tag}")
+        config = timm.get_pretrained_cfg(f"{timm_name(name)[0]}.{tag}")
         repo, files, official = config.hf_hub_id, ["model.safetensors"], f", or the official file from {config.url}," if config.url else ""
         download = lambda: huggingface_hub.hf_hub_download(repo, files[0])
     for cached in (huggingface_hub.try_to_load_from_cache(repo, f) for f in files if repo):
@@ -489,19 +489,21 @@ def has_text(
         return "architecture" not in own
     return name in open_clip.list_models() or not timm.is_model(timm_name(name)[0])
 
-# %% ../nbs/08_encoders.ipynb #00d3aac2
+# %% ../nbs/08_encoders.ipynb #8c5ecca0
 POSITION_INTERPOLATIONS = ("timm", "hub")
 
 
 def set_image_size(
     model: nn.Module,  # a vision transformer of timm
     size: int,  # side of the pictures, pixels; a multiple of the patches'
-    position_interpolation: str = "timm",  # "timm": bicubic, antialiased; "hub": as DINOv2's authors without registers
+    position_interpolation: str = "timm",  # "timm": bicubic, antialiased; "hub": as DINOv2's authors, the same with registers
 ) -> None:
-    "Interpolates the table of positions for pictures of another size."
+    "Interpolates the table of positions for pictures of another size. Raises `DataError` if patches do not fill it."
+    if size % model.patch_embed.patch_size[0]:
+        raise DataError(f"a picture of {size} pixels is no whole number of patches of {model.patch_embed.patch_size[0]}")
     table, before = model.pos_embed.detach(), model.patch_embed.grid_size[0]
     model.set_input_size((size, size))
-    if position_interpolation == "timm" or (after := model.patch_embed.grid_size[0]) == before: return
+    if position_interpolation == "timm" or model.no_embed_class or (after := model.patch_embed.grid_size[0]) == before: return
     cls, grid = table[:, :1], table[:, 1:].unflatten(1, (before, before)).permute(0, 3, 1, 2)
     scale = (after + 0.1) / before
     grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
@@ -522,7 +524,7 @@ def from_dinov2(
     _check_tensors({k: v for k, v in state.items() if k in shapes or k == "register_tokens"}, shapes, source)
     return checkpoint_filter_fn(dict(state), model)
 
-# %% ../nbs/08_encoders.ipynb #d7d9b393
+# %% ../nbs/08_encoders.ipynb #4ca2c1c3
 def _timm_model(
     architecture: str,
     model_args: dict,
@@ -554,10 +556,10 @@ def _timm_encoder(
         raise DataError(f"timm has no weights {tag!r} of {architecture}; it has {', '.join(tags) or 'none'}")
     chosen = _which_weights(name, weights, tags, tag or next(iter(tags), None))
     if chosen in tags: tag = chosen
-    if not own: name, config = architecture, dict(architecture=architecture)
     settings = {**timm.get_pretrained_cfg(f"{architecture}.{tag}" if tag else architecture).to_dict(), **config.get("pretrained_cfg", {})}
 
-    file = chosen if isinstance(chosen, Path) else None if chosen == "random" else fetch_weights(architecture, chosen)
+    file = chosen if isinstance(chosen, Path) else None if chosen == "random" else fetch_weights(name, chosen)
+    if not own: name, config = architecture, dict(architecture=architecture)
     if file is None:
         warnings.warn(f"{name} has RANDOM weights: its features mean nothing. Use this for tests and timing only", stacklevel=3)
     model = _timm_model(architecture, config.get("model_args", {}), file and read_weights(file), str(file))
