@@ -314,7 +314,7 @@ def calibration(
                     | dict(confidence=100 * part["confidence"].mean(), accuracy=100 * part["right"].mean()))
     return pd.DataFrame(rows).drop(columns="classes")
 
-# %% ../nbs/21_analysis.ipynb #9ce98c3b
+# %% ../nbs/21_analysis.ipynb #e47d9b74
 def plot_reliability(
     table: pd.DataFrame,  # as `predictions` gives it, of one kind and one source
     bins: int = 15,
@@ -332,8 +332,7 @@ def plot_reliability(
             there = found[found["count"] > 0]
             upper.plot(there["confidence"], there["accuracy"], marker="o", ms=3, label=method)
             lower.stairs(found["count"] / own["run"].nunique(), np.append(found["low"], 100), color=sns.color_palette()[place])
-            upper.text(0.98, 0.03 + 0.1 * (len(methods) - 1 - place), f"ECE {error:.1f}", transform=upper.transAxes, ha="right", fontsize=8,
-                       color=sns.color_palette()[place])
+            upper.text(0.03, 0.97 - 0.1 * place, f"ECE {error:.1f}", transform=upper.transAxes, va="top", fontsize=8, color=sns.color_palette()[place])
         upper.set(title=f"{'source' if dataset == part['source'].iloc[0] else 'target'}: {dataset}")
         lower.set(xlabel="confidence (%)")
     axes[0][0].set(ylabel="accuracy (%)"); axes[1][0].set(ylabel="segments")

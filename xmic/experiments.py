@@ -271,7 +271,7 @@ def run(
     stores = [_store(p, d, s, role, pixels) for role in dict.fromkeys(r for r in roles.values() if r) for d, s in splits]
     return Run(name, parameters | places, tuple(stores))
 
-# %% ../nbs/28_experiments.ipynb #0019be96
+# %% ../nbs/28_experiments.ipynb #ae931928
 def columns(
     table: int,
     source: str,
@@ -304,12 +304,13 @@ def poster_cells(
     p: Profile,
     seeds: int = 1,
 ) -> dict[int, pd.DataFrame]:  # by table: its cells
-    "The rows that the poster repeats, as cells of the paper's tables."
-    poster, row = printed("poster"), ["source", "method", "variant", "kind"]
+    "The rows that the poster repeats, as cells of the paper's tables; also those of its numbers that could not be read."
+    poster, row = printed("poster"), ["source", "method", "variant"]
     found = {}
     for table, part in poster.groupby("table"):
         every = cells(int(table), p, seeds)
-        found[int(table)] = every[every.set_index(row).index.isin(part.assign(variant=part.variant.replace(p.shown)).set_index(row).index)]
+        there = every.set_index(row).index.isin(part.assign(variant=part.variant.replace(p.shown)).set_index(row).index)
+        found[int(table)] = every[there & every.kind.isin(part.kind)]
     return found
 
 
