@@ -166,7 +166,7 @@ def _strip(axes: list, segment: pd.Series, boxes: object) -> None:
         if box:
             ax.add_patch(Rectangle(box[:2], box[2] - box[0], box[3] - box[1], fill=False, ec="yellow", lw=1.5))
 
-# %% ../nbs/32_inspection.ipynb #d8d25bc2
+# %% ../nbs/32_inspection.ipynb #2a6eaed1
 def plot_degrees(
     looks: dict[str, Look],  # by what is to be written beside the points
     named: int = 3,  # classes that are named at each end
@@ -180,12 +180,13 @@ def plot_degrees(
         ax.fill_between(at, low[order], high[order], alpha=0.25, lw=0, label="80 % of the segments")
         ax.plot(at, mean[order], ".-", ms=3, label="mean")
         names = [seen.classes.names[i] for i in order]
-        ax.set(title=title, xlabel=f"classes\nleast: {', '.join(names[:named])}\nmost: {', '.join(names[-named:])}", xticks=[], ylabel="degrees", ylim=(0, None))
+        ax.set(title=title, xlabel=f"classes\nleast: {', '.join(names[:named])}\nmost: {', '.join(names[-named:])}", xticks=[], ylabel="degrees")
+    axes[0][0].set_ylim(0, None)
     axes[0][-1].legend(frameon=False, fontsize=8, loc="lower right")
     sns.despine(fig)
     return fig
 
-# %% ../nbs/32_inspection.ipynb #1a31bdf8
+# %% ../nbs/32_inspection.ipynb #98700a7f
 def plot_attention(
     looks: dict[str, Look],
 ) -> Figure:
@@ -201,6 +202,7 @@ def plot_attention(
     if time:
         sns.lineplot(pd.DataFrame(time), x="frame", y="received", hue="run", marker="o", ms=4, ax=axes[0][-1])
         axes[0][-1].set(title="along time", ylim=(0, None))
+        axes[0][-1].xaxis.get_major_locator().set_params(integer=True)
         sns.move_legend(axes[0][-1], "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
     sns.despine(fig)
     return fig
