@@ -3,9 +3,11 @@ import json
 import math
 import os
 import pickle
+import warnings
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -14,10 +16,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from world import extract_config, write_world
+from xmic.classes import ClassSet
+from xmic.clips import Clip, ClipTask, Pixels, clip_pixels
+from xmic.encoders import create_encoder, embed_classes, embed_prompts
+from xmic.features import ExtractConfig, FeatureStore, dataset_store, extract, extract_dataset
 from xmic.files import DataError
 from xmic.lavila import (LAVILA_MEAN, LAVILA_STD, SIZES, DividedAttention, LaViLa, LaViLaConfig, convert_checkpoint, from_clip, load_lavila, prepare_clip,
                          read_checkpoint, read_lavila, resize_temporal, silence_time, tokenize)
+from xmic.recognizer import Recognizer
+from xmic.segments import read_segments
+from xmic.training import RunData, RunResult, TrainConfig, resolve, run_name, train
+from xmic.video import frame_indices, read_frames
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = LaViLaConfig(image=32, patch=8, width=32, blocks=2, heads=2, text_width=32, text_layers=1, text_heads=2, vocab_size=60, dim=8)
 
 
@@ -265,3 +277,172 @@ def test_clips_are_resized_without_antialiasing_and_shifted_by_the_releases_cons
     torch.testing.assert_close(clip * std + mean, torch.full((3, 1, 32, 32), 100.0), atol=1e-3, rtol=0)
     third = prepare_clip(np.repeat(np.arange(48, dtype=np.uint8)[None, :, None, None], 3, -1).repeat(48, 2), 16)[0, 0, :, 0]
     torch.testing.assert_close(third * LAVILA_STD[0] + LAVILA_MEAN[0], torch.arange(16) * 3 + 1.0, atol=1e-3, rtol=0)
+
+
+# --- the encoder ----------------------------------------------------------------------------------------------------
+
+random_weights = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
+
+
+def frames(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 50, 70, 3), np.uint8)
+
+
+@random_weights
+def test_features_of_clips_are_the_models():
+    encoder, shown = create_encoder("mini-lavila", "random", "cpu", clip_frames=4), frames(8)
+    expected = [encoder.model.encode_image(prepare_clip(shown[i:i + 4], 64)[None]) for i in (0, 4)]
+    found = encoder.encode_frames(shown)
+    torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=0.02 * found.abs().max().item())  # pixels are rounded to 8 bits
+    torch.testing.assert_close(encoder.encode_frames(shown, batch_size=3), found, rtol=1e-4, atol=1e-5)
+    with pytest.raises(DataError, match="6 frames are no whole number of clips"): encoder.encode_frames(shown[:6])
+    assert encoder.encode_frames(shown[:0]).shape == (0, 128)
+
+
+@random_weights
+def test_one_frame_clips_are_read_one_by_one_with_the_first_temporal_row():
+    encoder, shown = create_encoder("mini-lavila", "random", "cpu"), frames(3)
+    first = encoder.encode_frames(shown)
+    assert first.shape == (3, 128)
+    with torch.no_grad(): encoder.model.visual.temporal_embed[:, 1:] += 1
+    assert torch.equal(encoder.encode_frames(shown), first)
+
+
+@random_weights
+def test_clip_frames_tell_features_apart_and_one_says_nothing():
+    one, four, more = (create_encoder("mini-lavila", "random", "cpu", clip_frames=n) for n in (1, 4, 16))
+    assert len({one.fingerprint, four.fingerprint, more.fingerprint}) == 3
+    assert "clip_frames" not in one.config and "clip_frames" not in one.describe() and four.describe()["clip_frames"] == 4
+    assert more.model.visual.temporal_embed.shape[1] == 16 and four.with_resize("squash").clip_frames == 4
+    assert one.logit_scale == pytest.approx(1 / 0.07) and one.activation == "QuickGELU" and one.encode_text(["cup", "open door"]).shape == (2, 128)
+
+
+def test_an_encoder_from_a_checkpoint_is_that_of_the_converted_file(tmp_path):
+    torch.manual_seed(1)
+    size = LaViLaConfig(**json.loads((ROOT / "data/mini/weights/mini-lavila.json").read_text())["lavila"])
+    path = checkpoint(tmp_path / "a.pt", LaViLa(size).state_dict())
+    made, again = (create_encoder("mini-lavila", file, "cpu") for file in (path, tmp_path / "a.safetensors"))
+    assert made.fingerprint == again.fingerprint and made.weights == "a.pt"
+    assert create_encoder("mini-lavila", path, "cpu", clip_frames=16).model.config.frames == 16
+    with pytest.raises(DataError, match=r"shape: visual\.pos_embed"):
+        create_encoder("mini-lavila", checkpoint(tmp_path / "b.pt", LaViLa(replace(size, image=128)).state_dict()), "cpu")
+
+
+def test_published_sizes_need_a_file_and_say_which():
+    for name in ("lavila-base", "lavila-large"):
+        with pytest.raises(DataError, match="d73a9c.*c89337.*create_encoder"): create_encoder(name, device="cpu")
+        with pytest.raises(DataError, match="no file 'x.pth'"): create_encoder(name, "x.pth", "cpu")
+
+
+@random_weights
+def test_encoders_without_time_refuse_clips():
+    for name in ("mini-clip", "mini-dino", "ViT-B-16-quickgelu"):
+        with pytest.raises(DataError, match="clip_frames=4.*knows no time"): create_encoder(name, "random", "cpu", clip_frames=4)
+    with pytest.raises(DataError, match="clip_frames=3"): create_encoder("mini-lavila", "random", "cpu", clip_frames=3)
+
+
+@random_weights
+def test_several_prompts_are_averaged_and_one_is_as_before(tmp_path):
+    encoder, names = create_encoder("mini-lavila", "random", "cpu"), ClassSet.from_names(["cup", "knife"])
+    assert torch.equal(embed_prompts(encoder, names, "a {}", tmp_path).text, embed_classes(encoder, ["a cup", "a knife"], tmp_path).text)
+    assert len(list(tmp_path.iterdir())) == 1
+    both = embed_prompts(encoder, names, "#C C {} | a {}", tmp_path)
+    parts = [torch.nn.functional.normalize(encoder.encode_text([t.format(n) for n in names.names]), dim=-1) for t in ("#C C {}", "a {}")]
+    torch.testing.assert_close(both.text, torch.nn.functional.normalize(sum(parts), dim=-1))
+    torch.testing.assert_close(embed_prompts(encoder, names, "#C C {} | a {}", tmp_path).text, both.text)
+    assert both.names == ("#C C cup | a cup", "#C C knife | a knife")
+    with pytest.raises(DataError, match="exactly one"): embed_prompts(encoder, names, "a {} | b")
+
+
+# --- from videos to accuracies --------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return write_world(tmp_path_factory.mktemp("lavila world"), videos=5)
+
+
+@pytest.fixture(scope="module")
+def features(world, tmp_path_factory) -> Path:
+    "Features of the world in clips of one, four and sixteen frames."
+    root = tmp_path_factory.mktemp("lavila features")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for n in (1, 4, 16): extract_dataset(extract_config(world, root, encoder="mini-lavila", clip_frames=n))
+    return root
+
+
+@random_weights
+@pytest.mark.parametrize("n", [4, 16])
+def test_a_segments_rows_are_its_test_frames_in_runs(world, features, n):
+    encoder, config = create_encoder("mini-lavila", "random", "cpu", clip_frames=n), ExtractConfig(dataset="csv")
+    store = dataset_store(features, encoder, config.resize, "csv")
+    every = dataset_store(features, create_encoder("mini-lavila", "random", "cpu"), config.resize, "csv")
+    assert store.verify() == [] and store.manifest["full"]["clip_frames"] == n and "clip_frames" not in every.manifest["full"]
+    for segment in read_segments("csv", world, "train").itertuples():
+        stored = every.frames(segment.segment_id, "full").numpy()
+        wanted = stored[frame_indices(0, len(stored), 16)]
+        rows = store.segment(segment.segment_id, "full")
+        assert rows.shape == (16 // n, 128) and store.frames(segment.segment_id, "full").tolist() == wanted[::n].tolist()
+        expected = encoder.encode_frames(read_frames(segment.video_path, wanted))
+        torch.testing.assert_close(rows.float(), expected, rtol=2e-3, atol=2e-3)
+
+
+@random_weights
+def test_small_chunks_and_batches_of_overlapping_segments_give_the_same_rows(world, features):
+    encoder = create_encoder("mini-lavila", "random", "cpu", clip_frames=4)
+    segments = read_segments("csv", world, "test").iloc[:2]  # they overlap
+    task = ClipTask("v", tuple(SimpleNamespace(**row._asdict()) for row in segments.itertuples(index=False)), ("full",), (encoder.preprocess,), chunk=3, clip_frames=4)
+    parts = list(clip_pixels(task))
+    rows = encoder.encode_pixels(np.concatenate([p.squares[0] for p in parts if isinstance(p, Pixels)]))
+    store = dataset_store(features, encoder, "shortest", "csv")
+    for clip in (p for p in parts if isinstance(p, Clip)):
+        torch.testing.assert_close(rows[clip.rows["full"]].half(), store.segment(clip.segment_id, "full"), rtol=2e-3, atol=2e-3)
+    assert all(len(p.squares[0]) == 4 for p in parts if isinstance(p, Pixels)) and len(rows) == 8
+
+
+@random_weights
+def test_encoders_of_different_clips_are_extracted_apart(world, tmp_path):
+    encoders = [create_encoder("mini-lavila", "random", "cpu", clip_frames=n) for n in (1, 4)]
+    with pytest.raises(DataError, match="clips of 1 and 4 frames"):
+        extract(read_segments("csv", world, "test"), encoders, [FeatureStore(tmp_path / str(n)) for n in (1, 4)], progress=False)
+
+
+@random_weights
+@pytest.mark.parametrize("clips, changes", [
+    (1, dict(method="zero_shot", template="#C C {} | #C {}")), (16, dict(method="zero_shot")), (4, dict()),
+    (4, dict(context_encoder="mini-lavila", context_weights="random")), (1, dict(context_encoder="mini-lavila", context_weights="random", context_clip_frames=16)),
+    (4, dict(method="coop", prompt_length=2))])
+def test_a_run_reads_clips(world, features, tmp_path, clips, changes):
+    config = TrainConfig(**dict(dataset="csv", data_root=str(world), features_root=str(features), encoder="mini-lavila", weights="random", clip_frames=clips,
+                                runs_root=str(tmp_path), epochs=2, warmup_epochs=0, batch_size=4, device="cpu", progress=False) | changes)
+    result = train(config)
+    assert result.metrics["results"]["csv"]["noun"]["top1"]["count"] == 6
+    found = RunResult.read(result.folder)
+    assert found.config.clip_frames == clips and train(config).metrics == result.metrics
+    if changes.get("context_clip_frames") == 16:
+        recognised = Recognizer.from_pretrained(result.folder, "cpu").predict(world / "videos/v0.mp4", nouns=["pan", "knife"])
+        assert len(recognised.nouns) == 2
+
+
+@random_weights
+def test_every_row_of_a_clip_counts_alike(world, features):
+    config = resolve(TrainConfig(dataset="csv", data_root=str(world), features_root=str(features), encoder="mini-lavila", weights="random", clip_frames=4,
+                                 context_encoder="mini-lavila", context_weights="random", device="cpu"))
+    split = RunData(config, torch.device("cpu")).split("csv", "test")
+    assert split.streams.clip_frames == 1  # rows are counted on the single frames of the context
+    rows, _ = split.rows(16)
+    video = split.streams.batch(np.arange(2), rows[:2]).video
+    stored = dataset_store(features, create_encoder("mini-lavila", "random", "cpu", clip_frames=4), "shortest", "csv")
+    for i in range(2):
+        expected = stored.segment(split.segments.segment_id[i], config.classified_view).float().repeat_interleave(4, 0)
+        torch.testing.assert_close(video[i], expected, rtol=0, atol=0)
+
+
+def test_settings_of_clips_that_cannot_be_are_refused():
+    with pytest.raises(DataError, match="context_clip_frames=4 belongs to context_encoder"): resolve(TrainConfig(context_clip_frames=4))
+    with pytest.raises(DataError, match="in each of its prompts"): resolve(TrainConfig(template="#C C {} | #C"))
+
+
+def test_new_settings_do_not_rename_runs():
+    assert run_name(resolve(TrainConfig())) == "epic-noun-xmic-seed0-15c44a18"
+    assert run_name(resolve(TrainConfig(clip_frames=4))) != run_name(resolve(TrainConfig()))
