@@ -6,9 +6,9 @@
 __all__ = ['PRECISIONS', 'STORAGES', 'OPENAI_SCALARS', 'DINOV2_SIZES', 'DINOV2_NAMES', 'POSITION_INTERPOLATIONS', 'activations',
            'hash_weights', 'Encoder', 'ArchiveUnpickler', 'read_weights', 'load_weights', 'check_activation',
            'fetch_weights', 'build_model', 'fill_token_table', 'timm_name', 'has_text', 'set_image_size', 'from_dinov2',
-           'create_encoder', 'ClassEmbeddings', 'embed_classes']
+           'ClipEncoder', 'create_encoder', 'ClassEmbeddings', 'embed_classes', 'embed_prompts']
 
-# %% ../nbs/08_encoders.ipynb #6636f9dc
+# %% ../nbs/08_encoders.ipynb #810b6026
 import hashlib
 import json
 import logging
@@ -40,8 +40,10 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
+from .classes import ClassSet
 from .files import DataError, did_you_mean, project_root, read_json, whole_file
-from .pixels import CLIP_MEAN, CLIP_STD, Preprocess
+from .lavila import LAVILA_MEAN, LAVILA_STD, SIZES, LaViLa, LaViLaConfig, load_lavila, read_lavila, tokenize
+from .pixels import ALIASED, CLIP_MEAN, CLIP_STD, Preprocess
 
 # %% ../nbs/08_encoders.ipynb #693d3ec6
 def activations(
@@ -82,12 +84,14 @@ def _warn_of_cut(tokenizer: Callable[[list[str]], Tensor], texts: list[str]) -> 
         warnings.warn(f"{len(long)} of {len(texts)} texts have more than {room} tokens and are cut, "
                       f"the first: {long[0][:80]!r}", stacklevel=3)
 
-# %% ../nbs/08_encoders.ipynb #5840f8c3
+# %% ../nbs/08_encoders.ipynb #a29e3826
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Encoder(nn.Module):
     "A frozen image tower, with a text tower where `tokenizer` is given. Features are float32, after the projection, not normalised."
+
+    clip_frames: int = 1  # how many frames one feature is made from
 
     def __init__(
         self,
@@ -574,16 +578,80 @@ def _timm_encoder(
                             tuple(settings["std"]), margin)
     return Encoder(name, model, preprocess, model.num_features, config, None, Path(chosen).name, precision, device)
 
-# %% ../nbs/08_encoders.ipynb #b2bc0ecb
+# %% ../nbs/08_encoders.ipynb #c8d49125
+class ClipEncoder(Encoder):
+    "A LaViLa. N frames are read as N / clip_frames clips of consecutive frames, and give as many features."
+
+    def __init__(
+        self,
+        name: str,  # of the size
+        model: LaViLa,
+        clip_frames: int = 1,
+        resize: str = "shortest",
+        weights: str = "",  # where they came from
+        precision: str = "fp32",
+        device: str | torch.device = "cpu",
+    ):
+        config = asdict(model.config) | ({"clip_frames": clip_frames} if clip_frames != 1 else {})
+        mean, std = (tuple(value / 255 for value in values) for values in (LAVILA_MEAN, LAVILA_STD))
+        super().__init__(name, model, Preprocess(model.config.image, resize, ALIASED, mean, std), model.config.dim, config, tokenize, weights,
+                         precision, device)
+        self.clip_frames = clip_frames
+
+    def normalise(
+        self,
+        pixels: np.ndarray | Tensor,  # (N, S, S, 3) uint8
+    ) -> Tensor:
+        "What the image tower reads: (N / clip_frames, 3, clip_frames, S, S) float32 on the encoder's device."
+        x, n = super().normalise(pixels), self.clip_frames
+        if len(x) % n: raise DataError(f"{self.name} reads clips of {n} frames; {len(x)} frames are no whole number of clips")
+        return x.unflatten(0, (len(x) // n, n)).transpose(1, 2)
+
+    def encode_frames(self, frames: np.ndarray, batch_size: int = 64, boxes: list | None = None) -> Tensor:
+        "Image features (N / clip_frames, D) of clips of consecutive frames."
+        return super().encode_frames(frames, max(1, batch_size // self.clip_frames) * self.clip_frames, boxes)
+
+    def describe(self) -> dict:
+        return super().describe() | ({"clip_frames": self.clip_frames} if self.clip_frames != 1 else {})
+
+# %% ../nbs/08_encoders.ipynb #d0974aef
+def _lavila_encoder(
+    name: str,
+    size: LaViLaConfig,
+    weights: str | Path | None,  # a published checkpoint, what it was converted to, or "random"
+    clip_frames: int,
+    device: torch.device,
+    resize: str,
+    precision: str,
+) -> ClipEncoder:
+    if clip_frames not in (1, 2, 4, 8, 16):
+        raise DataError(f"clip_frames={clip_frames}: a segment's 16 frames are taken in runs of 1, 2, 4, 8 or 16")
+    if weights == "random":
+        warnings.warn(f"{name} has RANDOM weights: its features mean nothing. Use this for tests and timing only", stacklevel=3)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            model = LaViLa(replace(size, frames=max(size.frames, clip_frames)))
+    elif weights is None or not Path(weights).is_file():
+        raise DataError(f"{name}: {'no weights are named' if weights is None else f'there is no file {str(weights)!r}'}. Download LaViLa's dual encoder from "
+                        "https://github.com/facebookresearch/LaViLa (Base of epoch 5, md5sum_d73a9c, or Large of epoch 3, md5sum_c89337) and pass "
+                        f"the file: create_encoder({name!r}, weights='/path/to/file')")
+    else:
+        state = read_lavila(weights, size)
+        with torch.device("meta"): whole = LaViLa(size)
+        model = load_lavila(fill_token_table(state, whole, weights), size, weights, clip_frames)
+    return ClipEncoder(name, model, clip_frames, resize, "random" if weights == "random" else Path(weights).name, precision, device)
+
+# %% ../nbs/08_encoders.ipynb #5d5f8eba
 def create_encoder(
-    name: str,  # an open_clip or timm model, e.g. "ViT-B-16-quickgelu", one of `DINOV2_NAMES`, or one of the kit's, e.g. "mini-clip"
+    name: str,  # an open_clip or timm model, e.g. "ViT-B-16-quickgelu", one of `DINOV2_NAMES`, "lavila-base", "lavila-large", or one of the kit's, e.g. "mini-clip"
     weights: str | Path | None = None,  # a pretrained tag, a weight file, or "random"; None: "openai", timm's first, or the kit's own
     device: str | torch.device | None = None,  # None: cuda where there is one, else cpu
     resize: str = "shortest",  # or "squash", see `Preprocess`, or "as trained"
     precision: str = "auto",  # of the image tower: "fp32", "bf16", "fp16"; "auto": bf16 on cuda, else fp32
     position_interpolation: str | None = None,  # of DINOv2 without registers, "hub" or "timm"; None: as the name says
+    clip_frames: int = 1,  # frames that one feature is made from: 1, 2, 4, 8 or 16 for LaViLa, 1 for all others
 ) -> Encoder:
-    "A frozen open_clip model, or a timm model without text, in evaluation mode. Raises `DataError` for unknown names, unfit weights, and downloads that fail."
+    "A frozen open_clip model, a LaViLa, or a timm model without text, in evaluation mode. Raises `DataError` for unknown names, unfit weights, and downloads that fail."
     name = name.replace("/", "-")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -597,10 +665,14 @@ def create_encoder(
     if position_interpolation and "dinov2" not in name:
         raise DataError(f"position_interpolation is a choice for DINOv2, and {name} is none")
     own, weights = _own_model(name, weights)
+    if size := LaViLaConfig(**own["lavila"]) if "lavila" in own else SIZES.get(name):
+        return _lavila_encoder(name, size, weights, clip_frames, device, resize, precision)
+    if clip_frames != 1:
+        raise DataError(f"clip_frames={clip_frames}: {name} reads single frames and knows no time; leave it at 1, or take a LaViLa")
     if not has_text(name):
         return _timm_encoder(name, own, weights, device, resize, precision, position_interpolation)
     if name not in open_clip.list_models():
-        raise DataError(f"open_clip knows no model {name!r}" + (did_you_mean(name, [*open_clip.list_models(), *DINOV2_NAMES])
+        raise DataError(f"open_clip knows no model {name!r}" + (did_you_mean(name, [*open_clip.list_models(), *DINOV2_NAMES, *SIZES])
                                                                 or "; open_clip.list_models() lists those it knows"))
 
     chosen = _which_weights(name, weights, open_clip.list_pretrained_tags_by_model(name), "openai")
@@ -671,3 +743,16 @@ def _read_embeddings(path: Path, names: str, encoder: Encoder) -> Tensor:
     if text.shape != (len(json.loads(names)), encoder.dim) or text.dtype != torch.float32 or not torch.isfinite(text).all():
         raise DataError(f"it holds {text.dtype} {tuple(text.shape)}, or values that are not finite")
     return text
+
+# %% ../nbs/08_encoders.ipynb #d15d9a12
+def embed_prompts(
+    encoder: Encoder,
+    classes: ClassSet,
+    template: str = "{}",  # prompt around each name, or several, separated by " | "
+    cache: str | Path | None = None,  # as in `embed_classes`
+) -> ClassEmbeddings:
+    "Text features of a class set; of several prompts the normalised mean of their normalised features. `DataError` unless each has one gap."
+    parts = [embed_classes(encoder, classes.prompts(one), cache) for one in template.split(" | ")]
+    if len(parts) == 1: return parts[0]
+    mean = torch.stack([nn.functional.normalize(part.text, dim=-1) for part in parts]).mean(0)
+    return ClassEmbeddings([template.replace("{}", name) for name in classes.names], nn.functional.normalize(mean, dim=-1))

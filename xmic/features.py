@@ -437,7 +437,7 @@ def _encode_videos(
             bar.update()
     report.waiting = items.waited
 
-# %% ../nbs/10_features.ipynb #90f9976e
+# %% ../nbs/10_features.ipynb #c584882a
 def extract(
     segments: pd.DataFrame,  # as the readers of `segments` give them
     encoder: Encoder | Sequence[Encoder],  # one or several; one decode feeds them all
@@ -460,20 +460,25 @@ def extract(
     if not any(os.path.exists(path) for path in segments.video_path.unique()):
         raise DataError(f"none of the {segments.video_path.nunique():,} videos is there, the first should be {segments.video_path.iloc[0]}: "
                         f"see data/README.md for where they are expected")
+    clip_frames = {e.clip_frames for e in encoders}
+    if len(clip_frames) > 1:
+        raise DataError(f"these encoders read clips of {' and '.join(map(str, sorted(clip_frames)))} frames: extract for one after the other")
+    (n,) = clip_frames
     begin, report = time.perf_counter(), ExtractReport(segments)
     for e, s in zip(encoders, stores):
         for v in views:
             _open_view(s, v, manifest_of(e, v, feature_fps, backend, boxes))
-    tasks = [ClipTask(video, tuple(rows), views, tuple(e.preprocess for e in encoders), feature_fps, boxes, backend, whole_files)
+    tasks = [ClipTask(video, tuple(rows), views, tuple(e.preprocess for e in encoders), feature_fps, boxes, backend, whole_files,
+                      clip_frames=n)
              for video, rows in _left_to_do(segments, stores, views, report).items()]
     with DecodePool(workers, timeout) as pool:
-        _encode_videos(tasks, lambda task: _Video(task, encoders, stores, batch_size, report), pool, report, progress)
+        _encode_videos(tasks, lambda task: _Video(task, encoders, stores, max(1, batch_size // n) * n, report), pool, report, progress)
     for s in stores:
         s.refresh()
     report.seconds = time.perf_counter() - begin
     return report
 
-# %% ../nbs/10_features.ipynb #aa36e300
+# %% ../nbs/10_features.ipynb #df9173b5
 @dataclass
 class ExtractConfig:
     "All settings of an extraction."
@@ -483,6 +488,7 @@ class ExtractConfig:
     splits: list[str] = field(default_factory=lambda: ["train", "test"])  # which segments
     encoder: str = "ViT-B-16-quickgelu"  # an open_clip or timm name, or one of DINOv2's, such as "dinov2_vitl14"
     weights: str | None = None  # pretrained tag, local file, or "random"; None: OpenAI's
+    clip_frames: int = 1  # frames that LaViLa reads at once: 1, or 2, 4, 8 or 16 of the 16 test frames of a segment
     resize: str = "shortest"  # full frames: "shortest" side and centre crop, "squash", "as released" (by dataset) or "as trained" (by encoder)
     views: list[str] = field(default_factory=lambda: ["full", "hand"])  # whole frames, and crops around hands and what they touch
     boxes: str | None = None  # hand boxes or detections: a file or folder; None: where data/README.md says
@@ -540,7 +546,7 @@ def hand_boxes(
         return HandBoxes.from_epic(place, max_gap=config.max_gap, **thresholds)
     return HandBoxes.from_100doh(place, max_gap=config.max_gap, **thresholds)
 
-# %% ../nbs/10_features.ipynb #10dd6796
+# %% ../nbs/10_features.ipynb #cffa753c
 def extract_dataset(
     config: ExtractConfig,
 ) -> tuple[FeatureStore, ExtractReport]:
@@ -550,7 +556,7 @@ def extract_dataset(
     boxes = hand_boxes(config) if "hand" in config.views else None
     if "hand" in config.views and boxes is None:
         warnings.warn(f"no hand boxes in {root}: the hand view will hold whole frames (see data/README.md for where boxes are expected)")
-    encoder = create_encoder(config.encoder, config.weights, config.device, precision=config.precision)
+    encoder = create_encoder(config.encoder, config.weights, config.device, precision=config.precision, clip_frames=config.clip_frames)
     encoder = encoder.with_resize(resize_policy(config.resize, config.dataset))
     store = dataset_store(from_root(config.features_root), encoder, config.resize, config.dataset)
     workers = max(1, (os.cpu_count() or 2) - 1) if config.workers is None else config.workers

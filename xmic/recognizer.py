@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recognition', 'Recognizer']
 
-# %% ../nbs/24_recognizer.ipynb #320b2a4d
+# %% ../nbs/24_recognizer.ipynb #5ff7bfce
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .adapter import ZeroShot
 from .classes import ClassSet
 from .clips import wanted_frames
-from .encoders import Encoder, create_encoder, embed_classes
+from .encoders import Encoder, create_encoder, embed_prompts
 from .files import DataError, read_json, settings, whole_file, write_json
 from .hands import HandBoxes
 from .streams import Batch
@@ -66,7 +66,7 @@ def _stretch(video: str | Path, info: VideoInfo, start: float | None, stop: floa
     return SimpleNamespace(segment_id=name, video_id=name, start_sec=begin, stop_sec=end,
                            start_frame=int(begin * info.fps) + 1, stop_frame=int(end * info.fps) + 1)
 
-# %% ../nbs/24_recognizer.ipynb #0d3467da
+# %% ../nbs/24_recognizer.ipynb #c4d62361
 @dataclass
 class _Frames:
     "Sampled frames, and the hand box of each."
@@ -85,9 +85,11 @@ class _Frames:
         return torch.from_numpy(encoder.preprocess.pixels(self.images, self.boxes if view == "hand" else None))[None].to(encoder.device)
 
     def encode(self, encoder: Encoder, view: str) -> Tensor:  # (1, T, D)
-        return encoder.encode_frames(self.images, boxes=self.boxes if view == "hand" else None)[None]
+        n = encoder.clip_frames
+        if len(self.images) % n: raise DataError(f"frames={len(self.images)}: {encoder.name} reads clips of {n}; train with a multiple of that")
+        return encoder.encode_frames(self.images, boxes=self.boxes if view == "hand" else None)[None].repeat_interleave(n, 1)
 
-# %% ../nbs/24_recognizer.ipynb #8bac18f3
+# %% ../nbs/24_recognizer.ipynb #7cfc0450
 _Saved = dict[str, tuple[TrainConfig, Path]]  # "noun", "verb" -> how the adapter was trained, and its weights
 
 
@@ -102,7 +104,7 @@ def _saved(folder: Path) -> _Saved:
 def _one_encoder(folder: Path, saved: _Saved) -> TrainConfig:
     "A config whose encoders are those of all adapters; `DataError` where they differ."
     configs = [config for config, _ in saved.values()]
-    for name in ("encoder", "weights", "context_encoder", "context_weights"):
+    for name in ("encoder", "weights", "clip_frames", "context_encoder", "context_weights", "context_clip_frames"):
         if len({getattr(c, name) for c in configs}) != 1:
             raise DataError(f"{folder}: its adapters were trained with different settings of {name}; load them one by one")
     return configs[0]
@@ -116,7 +118,7 @@ def _notes(frames: _Frames, zero_shot: list[str], encoder: Encoder) -> list[str]
         notes.append("RANDOM encoder weights: the answer means nothing")
     return notes
 
-# %% ../nbs/24_recognizer.ipynb #62413621
+# %% ../nbs/24_recognizer.ipynb #5f1cb94a
 class Recognizer:
     "A frozen CLIP with trained adapters, for videos and class lists of any kind."
 
@@ -141,8 +143,8 @@ class Recognizer:
         folder = Path(folder)
         saved = _saved(folder)
         trained = _one_encoder(folder, saved)
-        encoder = create_encoder(trained.encoder, weights or trained.weights, device)
-        context = create_encoder(trained.context_encoder, trained.context_weights, device) if trained.context_encoder else encoder
+        encoder = create_encoder(trained.encoder, weights or trained.weights, device, clip_frames=trained.clip_frames)
+        context = create_encoder(trained.context_encoder, trained.context_weights, device, clip_frames=trained.context_clip_frames) if trained.context_encoder else encoder
         methods = {}
         for kind, (config, path) in saved.items():
             if not path.is_file():
@@ -195,7 +197,7 @@ class Recognizer:
         "All names of one kind, the best first."
         view = config.classified_view or "full"
         classified = frames.encode(self.encoder, view)
-        text = embed_classes(self.encoder, names.prompts(config.template))
+        text = embed_prompts(self.encoder, names, config.template)
         score = lambda method, batch: method(batch, text).softmax(-1)[0].double().cpu().numpy() * 100
         with torch.inference_mode():
             batch = Batch(classified)

@@ -107,7 +107,7 @@ def free_bytes(
     except OSError:
         return int(0.3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if hasattr(os, "sysconf") else 2 << 30
 
-# %% ../nbs/11_streams.ipynb #0ddd6c35
+# %% ../nbs/11_streams.ipynb #60ded154
 class Streams:
     "The classified and the conditioning stream of chosen segments, ready to be sampled."
 
@@ -125,22 +125,26 @@ class Streams:
         if len({v.dim for v in context}) > 1:
             raise DataError(f"the conditioning views differ in width: {[f'{v.folder}: {v.dim}' for v in context]}")
         places = [np.array([v.place[s] for s in segments]).reshape(-1, 3) for v in self.views]
-        self.lengths = places[0][:, 2]
-        for v, place in zip(self.views, places):
-            if (unequal := np.flatnonzero(place[:, 2] != self.lengths)).size:
-                raise DataError(f"{v.folder} and {self.views[0].folder} hold different numbers of frames for {unequal.size} segments, "
+        clips = [v.manifest.get("clip_frames", 1) for v in self.views]
+        self.clip_frames = min(clips)
+        counted = clips.index(self.clip_frames)
+        self.own = [place[:, 2] for place in places]  # rows of each view
+        self.lengths = self.own[counted]
+        for v, length, n in zip(self.views, self.own, clips):
+            if n == self.clip_frames and (unequal := np.flatnonzero(length != self.lengths)).size:
+                raise DataError(f"{v.folder} and {self.views[counted].folder} hold different numbers of frames for {unequal.size} segments, "
                                 f"{segments[unequal[0]]!r} first: extract both at one rate, from the same videos")
-        size = sum(int(self.lengths.sum()) * v.dim * 2 for v in self.views)
+        size = sum(int(length.sum()) * v.dim * 2 for v, length in zip(self.views, self.own))
         self.resident = size <= free_bytes(self.device) if resident is None else resident
         if self.resident:
-            self.first = np.concatenate([[0], np.cumsum(self.lengths)[:-1]]).astype(np.int64)
-            self.rows = [self._load(v, place) for v, place in zip(self.views, places)]
+            self.first = [np.concatenate([[0], np.cumsum(length)[:-1]]).astype(np.int64) for length in self.own]
+            self.rows = [self._load(v, first, place) for v, first, place in zip(self.views, self.first, places)]
         else:
             self.places, self.files = places, [RowFiles(v) for v in self.views]
 
-    def _load(self, view: StoredView, places: np.ndarray) -> Tensor:  # (sum N, D) float16 on the device
-        flat = np.empty((int(self.lengths.sum()), view.dim), np.float16)
-        for to, (shard, first, n) in zip(self.first, places):
+    def _load(self, view: StoredView, firsts: np.ndarray, places: np.ndarray) -> Tensor:  # (sum N, D) float16 on the device
+        flat = np.empty((int(places[:, 2].sum()), view.dim), np.float16)
+        for to, (shard, first, n) in zip(firsts, places):
             flat[to:to + n] = view.shard(shard)[0].numpy()[first:first + n]  # NumPy: torch would wake its threads for every copy
         return torch.from_numpy(flat).to(self.device)
 
@@ -153,8 +157,10 @@ class Streams:
                rows: np.ndarray,  # (B, T) rows of each
               ) -> Tensor:  # (B, T, D) float32 on the device
         "The sampled rows of some segments."
+        if self.own[view] is not self.lengths:
+            rows = rows * self.own[view][positions, None] // self.lengths[positions, None]
         if self.resident:
-            index = torch.from_numpy(self.first[positions][:, None] + rows).to(self.device, non_blocking=True)
+            index = torch.from_numpy(self.first[view][positions][:, None] + rows).to(self.device, non_blocking=True)
             return self.rows[view][index].float()
         out = np.empty((*rows.shape, self.views[view].dim), np.float16)
         for to, (shard, first, _), wanted in zip(out, self.places[view][positions], rows):

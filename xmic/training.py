@@ -9,7 +9,7 @@ __all__ = ['RECIPES', 'ALIKE', 'PUBLISHED', 'SELECTIONS', 'METHODS', 'UNTRAINED'
            'provenance', 'pick_device', 'peak_memory', 'held_out_videos', 'Selection', 'evaluate', 'train', 'restore',
            'EvaluateConfig', 'evaluate_run']
 
-# %% ../nbs/20_training.ipynb #08faab14
+# %% ../nbs/20_training.ipynb #a8dec974
 import hashlib
 import json
 import math
@@ -33,7 +33,7 @@ import xmic
 from .adapter import XMIC, ZeroShot, trained_parameters
 from .classes import ClassSet
 from .clip_adapter import AVERAGES, BRANCHES, CLIPAdapter
-from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_classes, has_text
+from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts, has_text
 from .evaluation import harmonic_means, predict, split_logits, sum_classes, summarise
 from .features import FeatureStore, StoredView, Timed, dataset_store, resize_policy
 from .files import DataError, did_you_mean, from_root, project_root, read_json, settings, whole_file, write_json
@@ -66,7 +66,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # of the baselines, in place of X-MIC'
 }
 SELECTIONS = ("last", "source validation", "target (as released)")
 
-# %% ../nbs/20_training.ipynb #914771c0
+# %% ../nbs/20_training.ipynb #17c0af41
 @dataclass
 class TrainConfig:
     "All settings of a run. A field that is None takes its value from the recipe."
@@ -77,13 +77,15 @@ class TrainConfig:
     targets: list[str] = field(default_factory=list)  # datasets to evaluate on besides the source
     target_roots: dict[str, str] = field(default_factory=dict)  # their folders; default: beside data_root
     labels: str = "noun"  # "noun", "verb", or "both" (one adapter for both, losses added)
-    template: str = "{}"  # prompt around each class name
+    template: str = "{}"  # prompt around each class name, or several, separated by " | ", whose embeddings are averaged
     # features
     features_root: str = "features"  # folder of the feature stores
     encoder: str | None = None  # CLIP model that classifies, an open_clip name; None: ViT-B-16-quickgelu, or mini-clip on the mini world
     weights: str | None = None  # its pretrained tag, a local file, or "random"; None: OpenAI's
     context_encoder: str | None = None  # encoder that the adapter reads, with text or without, such as "dinov2_vitl14"; None: the same
     context_weights: str | None = None
+    clip_frames: int = 1  # frames that a LaViLa which classifies reads at once, as extracted
+    context_clip_frames: int = 1  # the same of context_encoder
     encoder_precision: str = "auto"  # that features were extracted with: "auto" (bf16 on GPU, fp32 on CPU), "fp32" or "bf16"
     resize: str = "shortest"  # how full frames were resized: "shortest", "squash", "as released" (by dataset) or "as trained" (by encoder)
     classified_view: str | None = None  # view that is compared with the texts: "hand" or "full"
@@ -268,11 +270,11 @@ def _field_faults(config: TrainConfig) -> list[str]:
             faults.append(f"{name}={getattr(config, name)} must be between 0 and 1: it is a share")
     return faults
 
-# %% ../nbs/20_training.ipynb #2e382176
+# %% ../nbs/20_training.ipynb #8045d8a6
 def _contradictions(config: TrainConfig) -> list[str]:
     faults = []
-    if config.template.count("{}") != 1:
-        faults.append(f"template={config.template!r} must contain {{}} once, where the class name goes")
+    if any(prompt.count("{}") != 1 for prompt in config.template.split(" | ")):
+        faults.append(f"template={config.template!r} must contain {{}} once, where the class name goes, in each of its prompts")
     if config.method == "xmic" and not config.context_views:
         faults.append("context_views is empty: X-MIC's adapter reads 'hand', 'full' or both")
     if bad := [v for v in config.context_views if v not in ("hand", "full")]:
@@ -292,6 +294,8 @@ def _contradictions(config: TrainConfig) -> list[str]:
         faults.append(f"encoder={config.encoder!r} has no text tower, so it cannot tell classes apart: name a CLIP there, and this one as context_encoder")
     if config.method not in CONDITIONED and config.context_encoder:
         faults.append(f"{config.method} has no conditioning stream: leave context_encoder out")
+    if config.context_clip_frames != 1 and not config.context_encoder:
+        faults.append(f"context_clip_frames={config.context_clip_frames} belongs to context_encoder, which is not named: the adapter reads what classifies")
     if config.method == "clip_adapter_temporal" and config.temporal_layers < 1:
         faults.append("clip_adapter_temporal without temporal_layers is clip_adapter")
     return faults + _prompt_faults(config)
@@ -390,7 +394,7 @@ def _with_features(segments: pd.DataFrame, views: list[StoredView] | list[FrameS
                         f"{views[0].folder.parent}: run nbs/{notebook}.ipynb with dataset={dataset!r} and these encoders and views first")
     return segments[held].reset_index(drop=True)
 
-# %% ../nbs/20_training.ipynb #3c684b06
+# %% ../nbs/20_training.ipynb #dcd03366
 class RunData:
     "Everything that a run reads: encoders, class sets, class embeddings, segments and features."
 
@@ -400,9 +404,9 @@ class RunData:
                 ):
         self.config, self.device = config, device
         self.kinds = ["noun", "verb"] if config.labels == "both" else [config.labels]
-        self.encoder = create_encoder(config.encoder, config.weights, device, precision=config.encoder_precision)
-        self.context = create_encoder(config.context_encoder, config.context_weights, device, precision=config.encoder_precision) \
-            if config.context_encoder else self.encoder
+        self.encoder = create_encoder(config.encoder, config.weights, device, precision=config.encoder_precision, clip_frames=config.clip_frames)
+        self.context = create_encoder(config.context_encoder, config.context_weights, device, precision=config.encoder_precision,
+                                      clip_frames=config.context_clip_frames) if config.context_encoder else self.encoder
         self.classes = {d: {k: read_classes(d, dataset_root(config, d), k) for k in self.kinds}
                         for d in [config.dataset, *config.targets]}
         self.text = {d: {k: self.embed(c) for k, c in sets.items()} for d, sets in self.classes.items()}
@@ -413,7 +417,7 @@ class RunData:
 
     def embed(self, classes: ClassSet) -> ClassEmbeddings:
         "The frozen text embeddings of a class set, from the cache where they have been made before."
-        return embed_classes(self.encoder, classes.prompts(self.config.template), cache=self.features / "text").to(self.device)
+        return embed_prompts(self.encoder, classes, self.config.template, self.features / "text").to(self.device)
 
     def store(self, encoder: Encoder, dataset: str) -> FeatureStore:
         return dataset_store(self.features, encoder, self.config.resize, dataset)
@@ -443,7 +447,9 @@ class RunData:
     def _sampled(self, found: pd.DataFrame, streams: Streams | PixelStreams, dataset: str, total: int) -> Split:
         c = self.config
         labels = {k: self.classes[dataset][k].labels(found[k]) for k in self.kinds}
-        start, stop = central_window(streams.lengths, c.central_seconds if dataset == "ego4d" and c.central_seconds else None)
+        n = getattr(streams, "clip_frames", 1)
+        start, stop = central_window(streams.lengths * n, c.central_seconds if dataset == "ego4d" and c.central_seconds else None)
+        start, stop = start // n, -(-stop // n)
         return Split(found, labels, streams, start, stop, total, c.double_shift and dataset == "ego4d")
 
     def method(self) -> nn.Module:
@@ -619,13 +625,14 @@ class RunResult:
                                  **{name: v["value"] for name, v in values.items()}))
         return pd.DataFrame(rows)
 
-# %% ../nbs/20_training.ipynb #1d1b12c8
+# %% ../nbs/20_training.ipynb #d6b69909
 def run_name(
     config: TrainConfig,  # resolved
 ) -> str:
     "A readable folder name that differs whenever a setting differs that changes the result."
     apart = ("name", "runs_root", "progress", "resident", "device", "data_root", "target_roots", "features_root")
-    key = json.dumps({k: v for k, v in asdict(config).items() if k not in apart}, sort_keys=True)
+    later = ("clip_frames", "context_clip_frames")  # fields newer than some runs, which they must not rename
+    key = json.dumps({k: v for k, v in asdict(config).items() if k not in apart and not (k in later and v == getattr(TrainConfig, k))}, sort_keys=True)
     return f"{config.dataset}-{config.labels}-{config.method}-seed{config.seed}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
@@ -709,12 +716,12 @@ def evaluate(
     size = config.batch_size if config.method in PIXELS else 256
     return predict(method, split.streams.batches(order, rows, size, context_rows), text, split.labels, subsets)
 
-# %% ../nbs/20_training.ipynb #fca3b8e0
+# %% ../nbs/20_training.ipynb #021ea683
 def _claim(folder: Path, config: TrainConfig) -> None:
     "Makes the run's folder; refuses one that holds a run with other settings."
     path, ours = folder / "config.json", asdict(config)
     if path.exists():
-        theirs = read_json(path)
+        theirs = asdict(TrainConfig()) | read_json(path)
         if other := [k for k in ours if k not in ("progress", "resident", "name", "runs_root") and theirs.get(k) != ours[k]]:
             raise DataError(f"{folder} holds a run with other settings ({', '.join(f'{k}: {theirs.get(k)!r}, now {ours[k]!r}' for k in other[:5])}): "
                             f"choose another name, or delete it")
