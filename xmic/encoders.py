@@ -8,7 +8,7 @@ __all__ = ['PRECISIONS', 'STORAGES', 'OPENAI_SCALARS', 'DINOV2_SIZES', 'DINOV2_N
            'fetch_weights', 'build_model', 'fill_token_table', 'timm_name', 'has_text', 'set_image_size', 'from_dinov2',
            'ClipEncoder', 'create_encoder', 'ClassEmbeddings', 'embed_classes', 'embed_prompts']
 
-# %% ../nbs/08_encoders.ipynb #810b6026
+# %% ../nbs/08_encoders.ipynb #f5997871
 import hashlib
 import json
 import logging
@@ -21,7 +21,7 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Callable, Iterator
