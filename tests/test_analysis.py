@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 matplotlib.use("Agg")
@@ -209,6 +209,7 @@ def test_frequencies_follow_from_the_sources_training_counts(world):
     assert set(found[found.method == "xmic"].seeds) == {3}
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any))
 def test_every_class_has_one_frequency(counts):
     source = ClassSet.from_names([f"s{i}" for i in range(len(counts))])

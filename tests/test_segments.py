@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xmic.files import DataError
@@ -118,6 +118,7 @@ def test_the_real_tail_follows_from_the_training_counts(epic, kind, tail, absent
     assert official.tolist() == np.flatnonzero(~head_classes(counts) & (counts > 0)).tolist()
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=20).filter(any), st.floats(0.05, 0.95))
 def test_the_head_is_the_fewest_classes_that_hold_their_share(counts, share):
     counts = np.array(counts)
