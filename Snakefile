@@ -12,6 +12,7 @@ PLAN = experiments.plan(PROFILE, str(config.get("tables") or "all"), int(config.
 MINI = PROFILE.name == "mini"
 CHOICE = dict(profile=PROFILE.name, size=PROFILE.size or "default", data=PROFILE.data if not MINI else None, seeds=PLAN.seeds)
 FIRST = experiments.runs(1, PROFILE, PLAN.seeds, experiments.FIRST) if 1 in PLAN.tables else {}
+LONG = {name for name, run in PLAN.runs.items() if run.parameters.get("method") in PROFILE.one_seed}
 TABLES = [f"{PROFILE.reports}/table{n}.md" for n in PLAN.tables]
 CLIPS = [f"{PROFILE.reports}/clips.html"] * bool(FIRST)
 WORLD = f"{PROFILE.data}/world.json"
@@ -74,7 +75,7 @@ rule extract:
 use rule extract as store_frames with:
     message: "frames: {wildcards.store}"
     wildcard_constraints: store=one_of(name for name, store in PLAN.stores.items() if store.notebook == "store_frames")
-    priority: 0
+    priority: 4
 
 
 rule run:
@@ -84,7 +85,7 @@ rule run:
         notebook=ancient("nbs/train.ipynb"),
     output: f"{PROFILE.runs_root}/{{run}}/metrics.json"
     log: notebook=f"{PROFILE.runs_root}/{{run}}/train.ipynb", text=f"{PROFILE.runs_root}/{{run}}/job.log"
-    wildcard_constraints: run=one_of(set(PLAN.runs) - set(FIRST))
+    wildcard_constraints: run=one_of(set(PLAN.runs) - set(FIRST) - LONG)
     params: settings=lambda w: json.dumps(PLAN.runs[w.run].parameters)
     threads: PROFILE.threads
     resources: gpu=PROFILE.gpus
@@ -94,6 +95,11 @@ rule run:
 use rule run as first_run with:
     wildcard_constraints: run=one_of(FIRST)
     priority: 10
+
+
+use rule run as long_run with:  # early, so that no core is idle at the end
+    wildcard_constraints: run=one_of(LONG)
+    priority: 3
 
 
 rule first_rows:

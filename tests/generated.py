@@ -102,7 +102,7 @@ def _write_features(segments: pd.DataFrame, store, encoder, traces: torch.Tensor
 
 
 def _write_frames(segments: pd.DataFrame, folder: Path, side: int, rng: np.random.Generator) -> None:
-    write_json(folder / "manifest.json", dict(fingerprint=folder.parents[1].name, view="hand", size=side, decoder="generated"))
+    write_json(folder / "manifest.json", dict(fingerprint=folder.parents[1].name, view="hand", size=side, interpolation="bicubic", resize="shortest", decoder="generated"))
     for video, part in segments.groupby("video_id"):
         with open(folder / shard_name(video), "wb+") as file:
             writer = ShardWriter(file, part.segment_id, side)

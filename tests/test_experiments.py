@@ -6,8 +6,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from generated import NOTE, link_official_files, make
 from world import register_tiny, write_world
 from xmic import experiments
 from xmic.experiments import annotations, cells, failures, plan, prepare, profile, run, runs
@@ -113,18 +115,10 @@ def test_planning_imports_no_torch():
 
 def real_root(shared_data: Path, root: Path) -> Path:
     "The official files in the official places: annotations only."
-    for place, source in {"epic/epic-kitchens-100-annotations": "epic_kitchens_100_annotations", "egtea/action_annotation": "egtea_gaze_plus_annotations"}.items():
-        (root / place).parent.mkdir(parents=True)
-        (root / place).mkdir()
-        for path in (shared_data / source).rglob("*"):
-            if path.is_file() and not (root / place / path.name).exists():
-                (root / place / path.name).symlink_to(path)
-    (root / "epic/epic-kitchens-100-annotations/EPIC_100_train.csv").symlink_to(shared_data / "derived/EPIC_100_train_reconstructed.csv")
-    there = root / "ego4d/v2/annotations"
+    there = link_official_files(shared_data, root) / "ego4d/v2/annotations"
     there.mkdir(parents=True)
     for split in ("train", "val"):
-        found = next(iter(sorted(shared_data.rglob(f"fho_lta_{split}*.json"))), None) or next(iter(shared_data.rglob("fho_lta_val*.json")))
-        (there / f"fho_lta_{split}.json").symlink_to(found)
+        (there / f"fho_lta_{split}.json").symlink_to(next(iter(sorted(shared_data.rglob(f"fho_lta_{split}*.json")))))
     return root
 
 
@@ -146,10 +140,23 @@ def test_the_paper_profile_plans_every_job_on_the_real_annotation_files(shared_d
     made = plan(profile("paper", data=str(root)), "all", 3)
     assert all(Path(f).is_file() for s in made.stores.values() for f in annotations(made.profile, s))
     jobs = planned(dry_run("profile=paper", f"data={root}", "seeds=3"))
-    assert jobs["run"] + jobs["first_run"] == len(made.runs) and jobs["extract"] + jobs["store_frames"] == len(made.stores) == 20 and jobs["table"] == len(experiments.TABLES)
+    assert jobs["run"] + jobs["first_run"] + jobs.get("long_run", 0) == len(made.runs) and jobs["extract"] + jobs["store_frames"] == len(made.stores) == 20 and jobs["table"] == len(experiments.TABLES)
     (root / "egtea/action_annotation/noun_idx.txt").unlink()
     failed = dry_run("profile=paper", f"data={root}")
     assert failed.returncode != 0 and "expected noun_idx.txt" in failed.stdout + failed.stderr
+
+
+@pytest.mark.slow
+def test_generated_features_go_through_every_method_at_the_real_class_counts(shared_data, tmp_path):
+    done = make(tmp_path, shared_data, 48, 40, "3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = pd.read_csv(tmp_path / "report/table3.csv")
+    assert (table.seeds == 1).all() and set(table.verdict) <= {"inside", "outside"} and (table.note == NOTE).all()
+    assert {(c.kind, c.column): round(100 / c.chance) for c in table[table.chance.notna()].itertuples()} == {
+        ("noun", "ego4d"): 521, ("verb", "ego4d"): 117, ("noun", "egtea"): 53, ("verb", "egtea"): 19}
+    zero_shot = table[(table.method == "ZS CLIP") & table.chance.notna()]
+    assert (zero_shot["mean"] > 3 * zero_shot.chance).all()  # labels and features of a segment belong together
+    assert NOTE in (tmp_path / "report/index.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -157,7 +164,7 @@ def test_the_mini_profile_plans_the_world_first(tmp_path):
     made = plan(profile(size="tiny"), "1 3")
     done = dry_run("size=tiny", "tables=1 3", options=("--forceall",))
     jobs = planned(done)
-    assert jobs["world"] == 1 and jobs["first_run"] == 6 and jobs["run"] + jobs["first_run"] == len(made.runs) and jobs["table"] == 2 and jobs["first_rows"] == 1
+    assert jobs["world"] == 1 and jobs["first_run"] == 6 and jobs["run"] + jobs["first_run"] + jobs.get("long_run", 0) == len(made.runs) and jobs["table"] == 2 and jobs["first_rows"] == 1
 
 
 @pytest.fixture(scope="module")
