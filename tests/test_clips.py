@@ -108,7 +108,8 @@ def gather(parts):
             for encoder, some in enumerate(part.squares): squares.setdefault((part.view, encoder), []).append(some)
         elif isinstance(part, Clip):
             for view, rows in part.rows.items():
-                assert len(rows) == len(part.frames) and 0 <= rows.min() and rows.max() < sum(map(len, squares[view, 0]))
+                assert len(rows) == len(part.frames) and rows.max(initial=-1) < sum(map(len, squares.get((view, 0), [])))
+                assert rows.min() >= (-sum(map(len, squares["full", 0])) if view == "hand" and ("full", 0) in squares else 0)
             assert part.segment_id not in clips
             clips[part.segment_id] = part
         else:
@@ -162,13 +163,13 @@ def test_boxes_of_each_segment(path, tmp_path):
     parts = list(clip_pixels(task(*segments, views=("full", "hand"), preprocess=(crop,), boxes=write_boxes(tmp_path / "a.pkl", boxes), chunk=8)))
     squares, clips, failed = gather(parts)
     assert failed == {} and len(squares["full", 0]) == 35
-    assert len(squares["hand", 0]) == 25 + 25 - 5
-    assert sum(p.whole for p in parts if isinstance(p, Pixels) and p.view == "hand") == 1
-    assert sum(p.whole for p in parts if isinstance(p, Pixels) and p.view == "full") == 0
+    assert len(squares["hand", 0]) == 25 + 25 - 5 - 1 and sum(p.whole for p in parts if isinstance(p, Pixels)) == 0
+    assert clips["b"].rows["hand"][-1] == -1 - clips["b"].rows["full"][-1]  # the frame without a box is that of the full view
     frames = read_frames(path, range(35), "pyav")
     for name, clip in clips.items():
         expected = crop.pixels(frames[clip.frames], [boxes[name][i] for i in clip.frames])
-        assert (squares["hand", 0][clip.rows["hand"]] == expected).all()
+        both = np.concatenate([squares["hand", 0], squares["full", 0][::-1]])
+        assert (both[clip.rows["hand"]] == expected).all()
         assert (squares["full", 0][clip.rows["full"]] == crop.pixels(frames[clip.frames])).all()
     assert (clips["a"].rows["hand"][10:15] == clips["b"].rows["hand"][:5]).all()
     assert not set(clips["a"].rows["hand"][15:]) & set(clips["b"].rows["hand"][5:])

@@ -74,7 +74,7 @@ class ClipTask:
     chunk: int = 64  # crops sent at once
     clip_frames: int = 1  # frames that are encoded together
 
-# %% ../nbs/09_clips.ipynb #487d2b75
+# %% ../nbs/09_clips.ipynb #b2ee75dc
 @dataclass
 class Pixels:
     "Some crops of one view, ready for each encoder."
@@ -90,7 +90,7 @@ class Clip:
 
     segment_id: str
     frames: np.ndarray  # (N,) frame numbers, counted from 0; of clips, the first of each
-    rows: dict[str, np.ndarray]  # view -> (N,) which of the video's crops or clips, in the order they were sent
+    rows: dict[str, np.ndarray]  # view -> (N,) which of the view's crops or clips, in the order they were sent; -1 - k: crop k of the full view
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Failed:
     segment_id: str
     cause: str
 
-# %% ../nbs/09_clips.ipynb #4076453e
+# %% ../nbs/09_clips.ipynb #99ff9e85
 def _box(task: ClipTask, view: str, segment: Any, index: int, info: VideoInfo, image: np.ndarray) -> tuple | None:
     if view != "hand" or task.boxes is None:
         return None
@@ -111,6 +111,11 @@ def _squares(task: ClipTask, view: str, image: np.ndarray, box: tuple | None) ->
     wanted = [replace(p, resize="shortest") if view == "hand" else p for p in task.preprocess]
     made = {p: p.pixels(image[None], [box])[0] for p in dict.fromkeys(wanted)}
     return [made[p] for p in wanted]
+
+
+def _shared(task: ClipTask) -> bool:
+    "Whether whole frames of the hand view are those of the full view."
+    return {"full", "hand"} <= set(task.views) and task.clip_frames == 1 and all(p.resize == "shortest" for p in task.preprocess)
 
 
 def _send(view: str, waiting: dict, sent: dict[str, int], n: int) -> Pixels:
@@ -132,7 +137,7 @@ def overlapping(
         end = max(end, int(frames[-1]))
     return groups
 
-# %% ../nbs/09_clips.ipynb #11bde107
+# %% ../nbs/09_clips.ipynb #35302aa4
 READ_AT_ONCE = 16  # whole frames; at 1920x1080 these are 100 MB
 TEST_FRAMES = 16  # of a segment, of which clips are formed
 
@@ -150,17 +155,18 @@ def _read_group(task: ClipTask, path: str, info: VideoInfo, group: list, sent: d
     numbers: dict[str, dict[tuple, int]] = {view: {} for view in task.views}  # (frame, box), or of clips (segment, row) -> number of the crop
     waiting: dict[str, list] = {view: [] for view in task.views}  # (squares, whether a whole frame), not sent yet
     rows = [{view: np.empty(len(frames), np.int64) for view in task.views} for _, frames in group]
-    uses, chunk = _uses(group), -(-task.chunk // task.clip_frames) * task.clip_frames
+    shared, uses, chunk = _shared(task), _uses(group), -(-task.chunk // task.clip_frames) * task.clip_frames
     for indices, images in iter_frames(path, np.array(sorted(uses)), READ_AT_ONCE, task.backend):
         for index, image in zip(map(int, indices), images):
             for i, row in uses[index]:
                 for view in task.views:
                     box = _box(task, view, group[i][0], index, info, image)
                     crop = (index, box) if task.clip_frames == 1 else (i, row)
-                    if crop not in numbers[view]:
-                        numbers[view][crop] = sent[view] + len(waiting[view])
-                        waiting[view].append((_squares(task, view, image, box), box is None))
-                    rows[i][view][row] = numbers[view][crop]
+                    place = "full" if shared and box is None else view
+                    if crop not in numbers[place]:
+                        numbers[place][crop] = sent[place] + len(waiting[place])
+                        waiting[place].append((_squares(task, view, image, box), box is None))
+                    rows[i][view][row] = numbers[place][crop] if place == view else -1 - numbers[place][crop]
         for view in task.views:
             while len(waiting[view]) >= chunk:
                 yield _send(view, waiting, sent, chunk)

@@ -457,7 +457,7 @@ def _contents(made: Plan) -> dict[str, str]:  # address -> words
         "#calibration": "Calibration", "#confusions": "What is taken for what"} | ({"clips.html": "Clips: won, lost, and why"} if 1 in made.tables else {}) | {
         "#costs": "What a training step costs", "#encoded": "What was encoded", "#runs": "All runs, for programs"}
 
-# %% ../nbs/28_experiments.ipynb #7df48556
+# %% ../nbs/28_experiments.ipynb #9c480e08
 def world_size(
     root: str | Path,  # of a dataset
 ) -> str | None:  # None where it is not of the mini world
@@ -485,53 +485,59 @@ def prepare(
         if not said:
             print(f"There is no data/{config.dataset}, so this run is on the mini world in {config.data_root}, with {config.encoder}. {MINI_NOTE}", flush=True)
         build(root=str(from_root(WORLDS[size])), size=size, progress=config.progress)
-    for dataset in (config.dataset, *config.targets):
-        splits = ["test"] if dataset != config.dataset or config.method == "zero_shot" else ["train", "test"]
-        make = _store_missing if config.method in PIXELS else _extract_missing
-        make(config, dataset, splits, dict(profile(size=size).extract) if size else {})
+    settings = dict(profile(size=size).extract) if size else {}
+    splits = {d: ["test"] if d != config.dataset or config.method == "zero_shot" else ["train", "test"] for d in (config.dataset, *config.targets)}
+    (_store_missing if config.method in PIXELS else _extract_missing)(config, splits, settings)
     return config
 
 
-def _store_missing(config: "TrainConfig", dataset: str, splits: list[str], settings: dict[str, Any]) -> None:
+def _segments(config: "TrainConfig", dataset: str, splits: list[str]) -> tuple[Path, pd.DataFrame]:
+    from xmic.training import dataset_root
+    root = dataset_root(config, dataset)
+    return root, pd.concat([read_segments(dataset, root, split) for split in splits], ignore_index=True)
+
+
+def _any_video(segments: pd.DataFrame) -> bool:
+    return any(os.path.exists(path) for path in segments.video_path.unique())
+
+
+def _store_missing(config: "TrainConfig", splits: dict[str, list[str]], settings: dict[str, Any]) -> None:
     "Stores the frames of the segments that a run needs, where they are not there and their videos are."
     from xmic.features import ExtractConfig
     from xmic.frames import store_dataset
-    from xmic.training import dataset_root
 
-    root = dataset_root(config, dataset)
-    segments = pd.concat([read_segments(dataset, root, split) for split in splits])
-    if any(os.path.exists(path) for path in segments.video_path.unique()):
-        store_dataset(ExtractConfig(**dict(feature_fps=FRAMES_FPS) | settings | dict(
-            dataset=dataset, data_root=str(root), splits=splits, encoder=config.encoder, weights=config.weights, resize=config.resize,
-            features_root=config.features_root, progress=config.progress)), config.classified_view)
+    for dataset, which in splits.items():
+        root, segments = _segments(config, dataset, which)
+        if _any_video(segments):
+            store_dataset(ExtractConfig(**dict(feature_fps=FRAMES_FPS) | settings | dict(
+                dataset=dataset, data_root=str(root), splits=which, encoder=config.encoder, weights=config.weights, resize=config.resize,
+                features_root=config.features_root, progress=config.progress)), config.classified_view)
 
 
-def _extract_missing(config: "TrainConfig", dataset: str, splits: list[str], settings: dict[str, Any]) -> None:
-    "Extracts the segments of a dataset that a run needs and that have no features, where their videos are there."
+def _extract_missing(config: "TrainConfig", splits: dict[str, list[str]], settings: dict[str, Any]) -> None:
+    "Extracts the segments that a run needs and that have no features, where their videos are there."
     from xmic.encoders import create_encoder
     from xmic.features import ExtractConfig, dataset_store, extract_dataset
-    from xmic.training import dataset_root
 
-    root = dataset_root(config, dataset)
-    segments = pd.concat([read_segments(dataset, root, split) for split in splits], ignore_index=True)
-    context = (config.context_encoder, config.context_weights) if config.context_encoder else (config.encoder, config.weights)
-    wanted = {(config.encoder, config.weights): {config.classified_view}}
+    own = (config.encoder, config.weights, config.clip_frames)
+    context = (config.context_encoder, config.context_weights, config.context_clip_frames) if config.context_encoder else own
+    wanted = {own: {config.classified_view}}
     if config.method != "zero_shot":
         wanted.setdefault(context, set()).update(config.context_views)
-    for (name, weights), views in wanted.items():
-        encoder = create_encoder(name, weights, config.device, precision=config.encoder_precision)
-        store = dataset_store(from_root(config.features_root), encoder, config.resize, dataset)
-        there = store.manifest
-        left = segments if views - set(there) else segments[segments.segment_id.isin(
-            store.missing(segments, sorted(views)).query("cause == 'not extracted yet'").segment_id)]
-        if not len(left) or not any(os.path.exists(path) for path in left.video_path.unique()):
-            continue
-        as_before = next(iter(there.values()), {})
-        if as_before:
-            rate = as_before["feature_fps"]
-            settings = settings | dict(feature_fps=None if rate == "every frame" else rate, backend=as_before["decoder"].split()[0].lower())
-        print(f"{dataset}: {len(left):,} of {len(segments):,} segments have no features by {name} yet; extracting them into {store.root}", flush=True)
-        extract_dataset(ExtractConfig(**settings | dict(
-            dataset=dataset, data_root=str(root), splits=splits, encoder=name, weights=weights, resize=config.resize,
-            views=["full", "hand"], features_root=config.features_root, device=config.device,
-            precision=config.encoder_precision, progress=config.progress)))
+    for (name, weights, clip_frames), views in wanted.items():
+        encoder = create_encoder(name, weights, config.device, precision=config.encoder_precision, clip_frames=clip_frames)
+        for dataset, which in splits.items():
+            (root, segments), store = _segments(config, dataset, which), dataset_store(from_root(config.features_root), encoder, config.resize, dataset)
+            there = store.manifest
+            left = segments if views - set(there) else segments[segments.segment_id.isin(
+                store.missing(segments, sorted(views)).query("cause == 'not extracted yet'").segment_id)]
+            if not len(left) or not _any_video(left):
+                continue
+            before = next(iter(there.values()), {})
+            as_before = dict(feature_fps=None if before["feature_fps"] == "every frame" else before["feature_fps"],
+                             backend=before["decoder"].split()[0].lower()) if before else {}
+            print(f"{dataset}: {len(left):,} of {len(segments):,} segments have no features by {name} yet; extracting them into {store.root}", flush=True)
+            extract_dataset(ExtractConfig(**settings | as_before | dict(
+                dataset=dataset, data_root=str(root), splits=which, encoder=name, weights=weights, clip_frames=clip_frames, resize=config.resize,
+                views=["full", "hand"], features_root=config.features_root, device=config.device,
+                precision=config.encoder_precision, progress=config.progress)))

@@ -264,7 +264,7 @@ class FeatureStore:
             faults += [_shard_fault(path, dim) for path in sorted((self.root / view).glob("[!.]*.safetensors"))]
         return [fault for fault in faults if fault]
 
-# %% ../nbs/10_features.ipynb #e0c7cb58
+# %% ../nbs/10_features.ipynb #001901eb
 @dataclass
 class ExtractReport:
     "What an extraction did."
@@ -272,7 +272,7 @@ class ExtractReport:
     segments: pd.DataFrame = field(repr=False)  # all that were asked for
     extracted: int = 0  # segments written now
     present: int = 0  # segments that were there already
-    frames: int = 0  # rows encoded now, over all views and encoders
+    frames: int = 0  # crops encoded now, over all views and encoders
     whole_frames: int = 0  # rows of the hand view that are whole frames for want of a box
     seconds: float = 0.0
     waiting: float = 0.0  # of these, spent waiting for decoded pixels
@@ -280,8 +280,8 @@ class ExtractReport:
 
     def __repr__(self) -> str:
         rate = self.frames / self.seconds if self.seconds else 0.0
-        return (f"{self.extracted:,} segments extracted, {self.present:,} were there, {len(self.failed):,} failed; {self.frames:,} rows "
-                f"encoded ({self.whole_frames:,} of the hand view without a box) in {self.seconds:.1f} s, {rate:.1f} a second, "
+        return (f"{self.extracted:,} segments extracted, {self.present:,} were there, {len(self.failed):,} failed; {self.frames:,} crops "
+                f"encoded in {self.seconds:.1f} s, {rate:.1f} a second ({self.whole_frames:,} of the hand view had no box), "
                 f"{self.waiting:.1f} s of waiting for frames")
 
 # %% ../nbs/10_features.ipynb #5e2f42ca
@@ -347,7 +347,7 @@ def _add_to_shard(
         kept = [(i, f.clone(), n.numpy().copy()) for i, f, n in parts if i not in new]
     write_shard(path, kept + [(c.segment_id, features[torch.from_numpy(c.rows[view])], c.frames) for c in clips])
 
-# %% ../nbs/10_features.ipynb #672d70db
+# %% ../nbs/10_features.ipynb #11430279
 class _Video:
     "Encodes the crops of one video as they come, and writes its shards at the end."
 
@@ -361,6 +361,7 @@ class _Video:
     def take(self, part: Pixels | Clip | Failed) -> None:
         if isinstance(part, Clip):
             self.clips.append(part)
+            self.report.whole_frames += sum(int((rows < 0).sum()) for rows in part.rows.values())
         elif isinstance(part, Failed):
             self.failed[part.segment_id] = part.cause
         else:
@@ -392,9 +393,14 @@ class _Video:
             for view in self.task.views:
                 store.note_failures(view, records, done)
                 if done:
-                    _add_to_shard(store.root / view / shard_name(self.task.video_id), clips, torch.cat(self.features[view][number]), view)
+                    _add_to_shard(store.root / view / shard_name(self.task.video_id), clips, self._crops(number, view), view)
         self.report.extracted += len(done)
         self.report.failed |= self.failed
+
+    def _crops(self, number: int, view: str) -> Tensor:  # (crops, D)
+        "The features of a view by one encoder; from the end, those of the full view, where the hand view points to them."
+        own = self.features[view][number]
+        return torch.cat(own if view == "full" or "full" not in self.features else [*own, torch.cat(self.features["full"][number]).flip(0)])
 
 # %% ../nbs/10_features.ipynb #8013d1a1
 class Timed:
