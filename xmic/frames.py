@@ -6,7 +6,7 @@
 __all__ = ['ShardWriter', 'FrameShard', 'FrameStore', 'frames_folder', 'store_frames', 'store_dataset', 'random_crops',
            'crop_clip', 'PixelStreams']
 
-# %% ../nbs/18_frames.ipynb #9833a547
+# %% ../nbs/18_frames.ipynb #308c323d
 import hashlib
 import json
 import math
@@ -15,7 +15,6 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -202,7 +201,7 @@ class FrameStore:
                 faults.append(f"{shard.path}: frames of {shard.side} pixels, the manifest says {self.side}")
         return faults
 
-# %% ../nbs/18_frames.ipynb #4e6a97fb
+# %% ../nbs/18_frames.ipynb #49c23c9f
 def frames_folder(
     features_root: str | Path,
     preprocess: Preprocess,
@@ -210,7 +209,8 @@ def frames_folder(
     view: str,  # "full" or "hand"
 ) -> Path:
     "Where the frames of a dataset lie. Encoders that cut and resize alike share them."
-    return Path(features_root) / f"pixels-{preprocess.resize}-{preprocess.size}px-{preprocess.interpolation}" / dataset / view
+    cut = f"-of-{preprocess.short_side}" if preprocess.short_side else ""
+    return Path(features_root) / f"pixels-{preprocess.resize}-{preprocess.size}px{cut}-{preprocess.interpolation}" / dataset / view
 
 
 def _open_folder(folder: Path, manifest: dict) -> FrameStore:
@@ -331,7 +331,7 @@ def store_frames(
     report.seconds, report.waiting = time.perf_counter() - begin, sent.waited
     return FrameStore(folder), report
 
-# %% ../nbs/18_frames.ipynb #1ddd5833
+# %% ../nbs/18_frames.ipynb #aadc4b7c
 def store_dataset(
     config: ExtractConfig,  # `precision`, `batch_size` and `device` have no meaning here
     view: str = "full",  # or "hand"
@@ -339,8 +339,7 @@ def store_dataset(
     "Stores the frames of a dataset. Raises `DataError` for settings and data that cannot be used, before anything is decoded."
     root = from_root(config.data_root or f"data/{config.dataset}")
     segments = pd.concat([read_segments(config.dataset, root, split) for split in config.splits], ignore_index=True)
-    preprocess = create_encoder(config.encoder, config.weights, "cpu").preprocess
-    preprocess = replace(preprocess, resize=resize_policy(config.resize, config.dataset))
+    preprocess = create_encoder(config.encoder, config.weights, "cpu").with_resize(resize_policy(config.resize, config.dataset)).preprocess
     workers = max(1, (os.cpu_count() or 2) - 1) if config.workers is None else config.workers
     return store_frames(segments, frames_folder(from_root(config.features_root), preprocess, config.dataset, view), preprocess, view,
                         hand_boxes(config) if view == "hand" else None, config.feature_fps, workers, config.backend, config.timeout,
