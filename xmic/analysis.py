@@ -494,7 +494,7 @@ def plot_confusions(
     ax.set(xlabel="predicted", ylabel="label", title=f"{lines['dataset'].iloc[0]}, {lines['kind'].iloc[0]}")
     return fig
 
-# %% ../nbs/21_analysis.ipynb #04367bdd
+# %% ../nbs/21_analysis.ipynb #eb5c0db5
 SETTINGS = ("method", "labels", "seed", "recipe", "encoder", "context_encoder", "context_views", "template", "norm_input", "norm_vector", "norm_text",
             "lr", "epochs")
 
@@ -535,4 +535,4 @@ def _values(metrics: dict) -> Iterable[dict]:
 def _spent(metrics: dict) -> dict:
     memory, versions = metrics.get("peak_memory", {}), metrics.get("versions", {})
     return dict(parameters=metrics.get("parameters"), seconds=metrics.get("seconds"), process_mib=memory.get("process_mib"),
-                device_mib=memory.get("device_mib"), commit=versions.get("commit"), device=versions.get("device"))
+                device_mib=memory.get("device_mib"), commit=(versions.get("commit") or "")[:10], device=versions.get("device"))
