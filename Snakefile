@@ -13,8 +13,9 @@ MINI = PROFILE.name == "mini"
 CHOICE = dict(profile=PROFILE.name, size=PROFILE.size or "default", data=PROFILE.data if not MINI else None, seeds=PLAN.seeds)
 FIRST = experiments.runs(1, PROFILE, PLAN.seeds, experiments.FIRST) if 1 in PLAN.tables else {}
 LONG = {name for name, run in PLAN.runs.items() if run.parameters.get("method") in PROFILE.one_seed}
-TABLES = [f"{PROFILE.reports}/table{n}.md" for n in PLAN.tables]
-CLIPS = [f"{PROFILE.reports}/clips.html"] * bool(FIRST)
+# Reports may be there without their runs, in a fresh clone: what was made here has a file beside the runs that says so.
+TABLES = [path for n in PLAN.tables for path in (f"{PROFILE.runs_root}/table{n}/done", f"{PROFILE.reports}/table{n}.md")]
+CLIPS = [f"{PROFILE.runs_root}/clips/done", f"{PROFILE.reports}/clips.html"] * bool(FIRST)
 WORLD = f"{PROFILE.data}/world.json"
 LIBRARY = ["xmic/reporting.py", "xmic/experiments.py"]
 ANNOTATIONS = {} if MINI else {name: experiments.annotations(PROFILE, store) for name, store in PLAN.stores.items()}
@@ -46,7 +47,7 @@ localrules: all, world, first_rows
 
 
 rule all:
-    input: f"{PROFILE.reports}/index.html", [f"{PROFILE.runs_root}/first_rows.txt"] * bool(FIRST)
+    input: f"{PROFILE.runs_root}/report/done", f"{PROFILE.reports}/index.html", [f"{PROFILE.runs_root}/first_rows.txt"] * bool(FIRST)
 
 
 rule world:
@@ -117,7 +118,7 @@ rule table:
         lambda w: [f"{PROFILE.runs_root}/{name}/metrics.json" for name in experiments.runs(int(w.number), PROFILE, PLAN.seeds)],
         LIBRARY,
         notebook="nbs/tables/table{number}.ipynb",
-    output: [f"{PROFILE.reports}/table{{number}}.{ending}" for ending in ("md", "csv", "tex", "svg", "png")]
+    output: [f"{PROFILE.reports}/table{{number}}.{ending}" for ending in ("md", "csv", "tex", "svg", "png")], touch(f"{PROFILE.runs_root}/table{{number}}/done")
     log: notebook=f"{PROFILE.runs_root}/table{{number}}/table.ipynb", text=f"{PROFILE.runs_root}/table{{number}}/job.log"
     params: settings=json.dumps(CHOICE)
     shell: PAPERMILL
@@ -130,7 +131,7 @@ PAGE = (PAPERMILL + " && jupyter nbconvert --to html --no-input --TemplateExport
 rule report:
     message: "the report"
     input: TABLES, CLIPS, LIBRARY, "nbs/report_template/index.html.j2", notebook="nbs/report.ipynb"
-    output: f"{PROFILE.reports}/index.html", f"{PROFILE.reports}/runs.csv"
+    output: f"{PROFILE.reports}/index.html", f"{PROFILE.reports}/runs.csv", f"{PROFILE.reports}/differences.csv", touch(f"{PROFILE.runs_root}/report/done")
     log: notebook=f"{PROFILE.runs_root}/report/report.ipynb", text=f"{PROFILE.runs_root}/report/job.log"
     params: settings=json.dumps(dict(CHOICE, tables=" ".join(map(str, PLAN.tables))))
     shell: PAGE
@@ -141,7 +142,7 @@ rule clips:
     input:
         [f"{PROFILE.runs_root}/{name}/metrics.json" for name in FIRST], LIBRARY, "xmic/inspection.py", "nbs/report_template/index.html.j2",
         notebook="nbs/clips.ipynb",
-    output: f"{PROFILE.reports}/clips.html"
+    output: f"{PROFILE.reports}/clips.html", touch(f"{PROFILE.runs_root}/clips/done")
     log: notebook=f"{PROFILE.runs_root}/clips/clips.ipynb", text=f"{PROFILE.runs_root}/clips/job.log"
     params: settings=json.dumps({k: v for k, v in CHOICE.items() if k != "seeds"})
     shell: PAGE

@@ -167,6 +167,22 @@ def test_the_mini_profile_plans_the_world_first(tmp_path):
     assert jobs["world"] == 1 and jobs["first_run"] == 6 and jobs["run"] + jobs["first_run"] + jobs.get("long_run", 0) == len(made.runs) and jobs["table"] == 2 and jobs["first_rows"] == 1
 
 
+@pytest.mark.slow
+def test_a_report_that_is_there_without_its_runs_is_made_anew(tmp_path):
+    "As in a fresh clone, which holds the committed report."
+    assert (ROOT / "reports/mini/index.html").exists() and (ROOT / "reports/mini/table3.md").exists()
+    made = plan(profile("paper", data=str(tmp_path)), "3")
+    write_json(tmp_path / "profile.json", dict(runs_root=str(tmp_path / "runs"), features_root=str(tmp_path / "features"), reports=str(ROOT / "reports/mini")))
+    for store in made.stores.values():
+        (tmp_path / store.parameters["dataset"]).mkdir(exist_ok=True)
+    for file in ("epic/EPIC_100_train.csv", "epic/EPIC_100_validation.csv", "epic/EPIC_100_noun_classes.csv", "epic/EPIC_100_verb_classes.csv",
+                 "ego4d/fho_lta_train.json", "ego4d/fho_lta_val.json", "egtea/noun_idx.txt", "egtea/verb_idx.txt",
+                 *(f"egtea/test_split{i}.txt" for i in (1, 2, 3))):
+        (tmp_path / file).touch()
+    jobs = planned(dry_run("profile=paper", f"data={tmp_path}", "tables=3"))
+    assert jobs["run"] == len(made.runs) and jobs["extract"] + jobs["store_frames"] == len(made.stores) and jobs["table"] == jobs["report"] == 1
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"), videos=8)

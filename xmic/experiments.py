@@ -383,14 +383,14 @@ def annotations(
     folders, source = {"epic": (_EPIC_FOLDERS, _EPIC_SOURCE), "ego4d": (_EGO4D_FOLDERS, _EGO4D_SOURCE), "egtea": (_EGTEA_FOLDERS, _EGTEA_SOURCE)}[dataset]
     return [str(_find(name, root, folders, source)) for split in (*store.parameters["splits"], "all") for name in ANNOTATIONS[dataset][split]]
 
-# %% ../nbs/28_experiments.ipynb #d822d5ee
+# %% ../nbs/28_experiments.ipynb #5e807992
 def failures(
     made: Plan,
 ) -> pd.DataFrame:  # job, cause, notebook
     "The jobs of a plan that were begun and are not done, each with its cause."
     p = made.profile
     jobs = {n: (made.folder(n), f"{made.folder(n)}/{'done' if n in made.stores else 'metrics.json'}") for n in (*made.stores, *made.runs)}
-    jobs |= {f"table{n}": (f"{p.runs_root}/table{n}", f"{p.reports}/table{n}.md") for n in made.tables} | {"report": (f"{p.runs_root}/report", f"{p.reports}/index.html")}
+    jobs |= {name: (f"{p.runs_root}/{name}", f"{p.runs_root}/{name}/done") for name in (*(f"table{n}" for n in made.tables), "clips", "report")}
     lines = []
     for name, (folder, done) in jobs.items():
         log, notebooks = from_root(folder) / "job.log", sorted(from_root(folder).glob("*.ipynb"))
