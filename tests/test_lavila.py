@@ -391,7 +391,8 @@ def test_a_segments_rows_are_its_test_frames_in_runs(world, features, n):
 def test_small_chunks_and_batches_of_overlapping_segments_give_the_same_rows(world, features):
     encoder = create_encoder("mini-lavila", "random", "cpu", clip_frames=4)
     segments = read_segments("csv", world, "test").iloc[:2]  # they overlap
-    task = ClipTask("v", tuple(SimpleNamespace(**row._asdict()) for row in segments.itertuples(index=False)), ("full",), (encoder.preprocess,), chunk=3, clip_frames=4)
+    rows = tuple(SimpleNamespace(**row._asdict()) for row in segments.itertuples(index=False))
+    task = ClipTask("v", rows, ("full",), (encoder.preprocess,), chunk=3, clip_frames=4)
     parts = list(clip_pixels(task))
     rows = encoder.encode_pixels(np.concatenate([p.squares[0] for p in parts if isinstance(p, Pixels)]))
     store = dataset_store(features, encoder, "shortest", "csv")
@@ -410,7 +411,8 @@ def test_encoders_of_different_clips_are_extracted_apart(world, tmp_path):
 @random_weights
 @pytest.mark.parametrize("clips, changes", [
     (1, dict(method="zero_shot", template="#C C {} | #C {}")), (16, dict(method="zero_shot")), (4, dict()),
-    (4, dict(context_encoder="mini-lavila", context_weights="random")), (1, dict(context_encoder="mini-lavila", context_weights="random", context_clip_frames=16)),
+    (4, dict(context_encoder="mini-lavila", context_weights="random")),
+    (1, dict(context_encoder="mini-lavila", context_weights="random", context_clip_frames=16)),
     (4, dict(method="coop", prompt_length=2))])
 def test_a_run_reads_clips(world, features, tmp_path, clips, changes):
     config = TrainConfig(**dict(dataset="csv", data_root=str(world), features_root=str(features), encoder="mini-lavila", weights="random", clip_frames=clips,

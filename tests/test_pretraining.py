@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 
 from xmic import pretraining as P
 from xmic.classes import ClassSet, clean_ego4d, clean_egtea, clean_epic
-from xmic.encoders import create_encoder, fill_token_table
+from xmic.encoders import create_encoder, embed_prompts, fill_token_table
 from xmic.files import DataError, read_json
+from xmic.mini import plan
 from xmic.shapes import EGO4D_NOUNS, EGTEA_NOUNS, EPIC_NOUNS, NOUNS, picture
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "data" / "mini" / "weights"
-SIZES = {"mini-clip": 64, "mini-clip-large": 60, "mini-dino": 56}
+SIZES = {"mini-clip": 64, "mini-clip-large": 60, "mini-dino": 56, "mini-lavila": 64}
 CLIPS = [name for name in SIZES if "clip" in name]
 LEVEL = {"mini-clip": 0.75, "mini-clip-large": 0.78}  # of 320 pictures; two standard errors below what was recorded
 TABLE_7 = ["{}", "Image of a {}", "Video of a {}", "Egocentric image a {}", "Image of a hand holding a {}", "Egocentric image of a hand holding {}"]
@@ -36,7 +37,7 @@ def unseen() -> P.Pictures:
 @pytest.mark.parametrize("name", SIZES)
 def test_an_encoder_needs_nothing_but_its_name(name, encoders, unseen):
     encoder = encoders[name]
-    assert encoder.preprocess.size == SIZES[name] and encoder.dim % 4 == 0 and encoder.activation == "GELU"
+    assert encoder.preprocess.size == SIZES[name] and encoder.dim % 4 == 0 and encoder.activation == ("QuickGELU" if name == "mini-lavila" else "GELU")
     features = encoder.encode_frames(unseen.pixels[:5])
     assert features.shape == (5, encoder.dim) and features.dtype == torch.float32 and features.isfinite().all()
     torch.testing.assert_close(encoder.encode_frames(unseen.pixels[:5], batch_size=2), features, rtol=1e-4, atol=1e-4)
@@ -53,7 +54,8 @@ def test_the_record_is_that_of_the_file(name, encoders):
 
 
 def test_all_files_together_are_small():
-    assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) <= 10_000_000
+    assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) <= 12_000_000
+    assert (WEIGHTS / "mini-lavila.safetensors").stat().st_size <= 2_000_000
 
 
 def class_sets() -> list[ClassSet]:
@@ -172,3 +174,59 @@ def test_recolouring_leaves_shape_and_range():
     grey = (out.std(1).amax((1, 2)) < 1e-6).sum()
     assert out.shape == x.shape and 0 <= out.min() and out.max() <= 1 and 2 <= grey <= 16
     torch.testing.assert_close(P.recolour(x, 0.0), x)
+
+
+# --- first-person clips ---------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def unseen_clips() -> P.Clips:
+    "Clips that neither training nor the record of the weights has seen."
+    return P.render_clips(2, 2**45, size=72, workers=1)
+
+
+def clip_top1(frames: int, clips: P.Clips, template: str, kind: str) -> float:
+    encoder = create_encoder("mini-lavila", device="cpu", clip_frames=frames)
+    names, right = (list(NOUNS), clips.noun) if kind == "noun" else (list(P.GERUNDS), clips.verb)
+    shown = clips.pixels[:, 1] if frames == 1 else clips.pixels.reshape(-1, *clips.pixels.shape[2:])
+    image, text = F.normalize(encoder.encode_frames(shown), dim=-1), F.normalize(embed_prompts(encoder, ClassSet.from_names(names), template).text, dim=-1)
+    return ((image @ text.T).argmax(1).numpy() == right).mean()
+
+
+def test_mini_lavila_knows_first_person_clips_from_one_frame_and_from_four(unseen_clips):
+    recorded = read_json(WEIGHTS / "mini-lavila.record.json")["accuracy"]
+    for frames in (1, 4):
+        for template in ("{}", "#C C {} | #C {}"):
+            level = recorded[f"noun '{template}', frames: {frames}"]
+            assert clip_top1(frames, unseen_clips, template, "noun") > level - 3 * (level * (1 - level) / len(unseen_clips)) ** 0.5 > 0.1
+    assert clip_top1(4, unseen_clips, "{}", "verb") > 0.08  # chance is 0.04
+
+
+def test_all_words_of_narrators_have_a_row(encoders):
+    known = set(load_file(WEIGHTS / "mini-lavila.safetensors")["token_ids"].tolist())
+    texts = [prompt for classes in class_sets() for template in (*TABLE_7, "#C C {}", "#C {}") for prompt in classes.prompts(template)]
+    said = P.narrate(np.repeat(np.arange(len(NOUNS)), 8), np.arange(8 * len(NOUNS)) % len(P.GERUNDS), np.random.default_rng(0)).texts
+    assert set(encoders["mini-lavila"].tokenizer([*texts, *said, *P.narration_words(), "X X"]).unique().tolist()) <= known
+
+
+def test_narrations_are_true_of_their_clips_and_every_verb_has_a_third_person():
+    rng = np.random.default_rng(0)
+    noun, verb = rng.integers(0, len(NOUNS), 500), rng.integers(0, len(P.GERUNDS), 500)
+    said = P.narrate(noun, verb, rng)
+    match = P.matches(noun, verb, said)
+    assert match.diagonal().all() and match.float().mean() < 0.1
+    assert {text for text in said.texts if text in NOUNS} and {text for text in said.texts if text in P.GERUNDS}
+    forms = [P.third_person(verb) for verb in P.GERUNDS]
+    assert {"takes", "washes", "mixes", "turns on", "squeezes"} <= set(forms) and len(set(forms)) == len(forms)
+
+
+def test_clips_of_pretraining_are_none_of_a_worlds(unseen_clips):
+    drawn = [n for reel in plan("large") for n in (reel.seed, *(s for a in reel.actions for s in (a.seed, a.thing)))]
+    assert max(drawn) < 2**31 < P.CLIP_SEED < P.CLIP_SEED + 2**40 < P.HELD_OUT_CLIP_SEED
+    assert (P.render_clips(1, P.CLIP_SEED, 16).pixels != P.render_clips(1, P.HELD_OUT_CLIP_SEED, 16).pixels).any()
+    assert all(verb in P.done_verbs(list(NOUNS)[noun]) for noun, verb in zip(unseen_clips.noun, np.array(list(P.GERUNDS))[unseen_clips.verb]))
+    assert (unseen_clips.pixels[:, 0] != unseen_clips.pixels[:, 3]).any((1, 2, 3)).all()
+
+
+def test_clips_come_from_the_cache_unchanged(tmp_path):
+    first, again = (P.cached_clips(tmp_path, 1, P.HELD_OUT_CLIP_SEED, 16) for _ in range(2))
+    assert len(list(tmp_path.iterdir())) == 1 and all((a == b).all() for a, b in zip(vars(first).values(), vars(again).values()))
