@@ -60,7 +60,7 @@ def test_recomputing_trades_operations_for_memory(encoder):
 def test_every_method_of_the_tables_has_its_costs(tmp_path):
     from dataclasses import replace
     write_world(tmp_path / "csv", videos=4)
-    p = replace(profile(), data=str(tmp_path), train=dict(profile().train, frames=4), methods={}, encoders={"clip": dict(encoder="mini-clip")})
+    p = replace(profile(), data=str(tmp_path), train=dict(profile().train, frames=4), methods={}, encoders={role: dict(encoder=f"mini-{role}") for role in ("clip", "dino")})
     table = step_costs(p, "csv", batch_size=2)
     assert list(table.index) == list(METHODS) and table.classes.eq(3).all() and (table.drop("ZS CLIP")[["trained_parameters", "gflop", "peak_mib"]] > 0).all(axis=None)
     assert table.gflop.idxmax() == "Vita-CLIP" and table.trained_parameters["ZS CLIP"] == 0

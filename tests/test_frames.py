@@ -166,9 +166,9 @@ assert os.waitpid(start(), 0)[1] == 0
 length = time.perf_counter() - begin
 settings["features_root"] = settings["features_root"].removesuffix("whole") + "killed"
 rng, met = random.Random(0), 0
-for _ in range(8):
+for kill in range(8):
     child = start()
-    time.sleep(rng.uniform(0.02, 0.5) * length)
+    time.sleep(rng.uniform(0.02, 0.1 if kill < 4 else 0.5) * length)
     os.kill(child, signal.SIGKILL)
     met += os.WIFSIGNALED(os.waitpid(child, 0)[1])
 assert os.waitpid(start(), 0)[1] == 0
