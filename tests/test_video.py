@@ -514,10 +514,8 @@ def test_a_worker_waits_to_be_read(tmp_path, ordered):
 def test_workers_work_ahead_of_their_turn(tmp_path):
     "While the first task is slow, the second is made, so that its turn takes no time."
     with DecodePool(2, 60, ahead=100) as pool:
-        begin = time.monotonic()
-        chunks, _ = results(pool.map(count_slowly, [40, 40]))
-        both_at_once = time.monotonic() - begin
-    assert len(chunks[1]) == 40 and both_at_once < 3.8
+        ended = {item.task: time.monotonic() for item in pool.map(count_slowly, [40, 40]) if item.done}
+    assert ended[1] - ended[0] < 1.5  # by itself it takes two seconds
 
 
 def test_a_slow_reader_is_no_hanging_worker(tmp_path):
