@@ -12,6 +12,7 @@ PLAN = experiments.plan(PROFILE, str(config.get("tables") or "all"), int(config.
 MINI = PROFILE.name == "mini"
 CHOICE = dict(profile=PROFILE.name, size=PROFILE.size or "default", data=PROFILE.data if not MINI else None, seeds=PLAN.seeds)
 FIRST = experiments.runs(1, PROFILE, PLAN.seeds, experiments.FIRST) if 1 in PLAN.tables else {}
+FIRST_STORES = {store.name for run in FIRST.values() for store in run.stores}
 LONG = {name for name, run in PLAN.runs.items() if run.parameters.get("method") in PROFILE.one_seed}
 # Reports may be there without their runs, in a fresh clone: what was made here has a file beside the runs that says so.
 TABLES = [path for n in PLAN.tables for path in (f"{PROFILE.runs_root}/table{n}/done", f"{PROFILE.reports}/table{n}.md")]
@@ -60,7 +61,7 @@ rule world:
 
 rule extract:
     message: "features: {wildcards.store}"
-    wildcard_constraints: store=one_of(name for name, store in PLAN.stores.items() if store.notebook == "extract")
+    wildcard_constraints: store=one_of(name for name, store in PLAN.stores.items() if store.notebook == "extract" and name not in FIRST_STORES)
     input:
         lambda w: [WORLD, *weights(w.store)] if MINI else [ancient(path) for path in ANNOTATIONS[w.store]],
         notebook=lambda w: ancient(f"nbs/{PLAN.stores[w.store].notebook}.ipynb"),
@@ -71,6 +72,11 @@ rule extract:
     threads: PROFILE.threads
     resources: gpu=PROFILE.gpus
     shell: PAPERMILL
+
+
+use rule extract as extract_first with:
+    wildcard_constraints: store=one_of(FIRST_STORES)
+    priority: 9
 
 
 use rule extract as store_frames with:
