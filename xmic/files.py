@@ -6,11 +6,12 @@
 __all__ = ['DataError', 'project_root', 'from_root', 'whole_file', 'write_json', 'read_json', 'read_text', 'read_table',
            'did_you_mean', 'settings', 'notebook_settings']
 
-# %% ../nbs/00_files.ipynb #97d03ae3
+# %% ../nbs/00_files.ipynb #43480d4a
 import difflib
 import io
 import json
 import os
+import re
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
@@ -138,7 +139,10 @@ def did_you_mean(
     near = difflib.get_close_matches(str(word).lower(), right, n=3)
     return f"; did you mean {' or '.join(repr(right[word]) for word in near)}?" if near else ""
 
-# %% ../nbs/00_files.ipynb #b60fed88
+# %% ../nbs/00_files.ipynb #bb2f39e5
+_YAML_TEXT = re.compile(r"[+-]?\d+[eE][+-]?\d+")  # 1e-6 is a text to YAML, and thus to papermill
+
+
 def settings(
     cls: type,  # a dataclass
     values: dict[str, Any],  # by field name
@@ -153,7 +157,7 @@ def settings(
         allowed = [get_origin(k) or k for k in (get_args(kind) if isinstance(kind, UnionType) else [kind])]
         if list in allowed and isinstance(value, str):
             value = [part.strip() for part in value.split(",") if part.strip()]
-        if float in allowed and type(value) is int:
+        if float in allowed and (type(value) is int or str not in allowed and isinstance(value, str) and _YAML_TEXT.fullmatch(value)):
             value = float(value)
         if type(value) not in allowed:
             faults.append(f"{name}={value!r} is a {type(value).__name__}, not {' or '.join(a.__name__ for a in allowed)}")
