@@ -6,7 +6,7 @@
 __all__ = ['ACTIONS', 'LEVELS', 'Scores', 'scores_of_run', 'join_scores', 'top_actions', 'write_submission', 'Submission',
            'read_submission', 'challenge_measures', 'score_submission', 'validation_truth', 'submission_of_runs']
 
-# %% ../nbs/22_challenge.ipynb #4a522cf0
+# %% ../nbs/22_challenge.ipynb #537d562e
 import json
 import math
 from collections.abc import Sequence
@@ -18,12 +18,11 @@ from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile, ZipInfo
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file
 
 from .evaluation import accuracy, split_logits, sum_classes
 from .files import DataError, from_root, whole_file
 from .segments import read_classes, read_epic, read_epic_tail, read_epic_unseen
-from .training import PIXELS, RunData, RunResult, pick_device
+from .training import RunResult, pick_device, restore, test_batches
 
 # %% ../nbs/22_challenge.ipynb #6bbadac7
 @dataclass
@@ -52,7 +51,7 @@ class Scores:
         rows = [place[name] for name in segment_ids]
         return Scores(list(segment_ids), {kind: values[rows] for kind, values in self.scores.items()})
 
-# %% ../nbs/22_challenge.ipynb #7c181be5
+# %% ../nbs/22_challenge.ipynb #984eb6a0
 def scores_of_run(
     folder: str | Path,  # of a finished run
     dataset: str | None = None,  # the source, or a target of the run; None: the source
@@ -66,15 +65,10 @@ def scores_of_run(
     if dataset not in (c.dataset, *c.targets):
         raise DataError(f"{folder} knows nothing of {dataset!r}; it was evaluated on {', '.join([c.dataset, *c.targets])}")
     c = replace(c, targets=[] if dataset == c.dataset else [dataset])
-    data = RunData(c, pick_device(device))
-    method = data.method()
-    method.load_state_dict(load_file(run.folder / "model.safetensors"))
-    method.to(data.device).eval()
+    data, method = restore(replace(run, config=c), pick_device(device))
     split, text = data.split(dataset, "test"), data.text[dataset]
-    rows, context_rows = split.rows(c.frames)
-    batches = split.streams.batches(np.arange(len(split.segments)), rows, c.batch_size if c.method in PIXELS else 256, context_rows)
     with torch.inference_mode():
-        parts = [split_logits(method(batch, sum_classes(text)).float().cpu(), text) for _, batch in batches]
+        parts = [split_logits(method(batch, sum_classes(text)).float().cpu(), text) for _, batch in test_batches(split, c)]
     return Scores(split.segments.segment_id.tolist(), {kind: torch.cat([part[kind] for part in parts]).numpy() for kind in text})
 
 
@@ -117,7 +111,7 @@ def _best(scores: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     found = np.exp(found - found[:, :1])
     return best, found / found.sum(1, keepdims=True)
 
-# %% ../nbs/22_challenge.ipynb #ef14ffd2
+# %% ../nbs/22_challenge.ipynb #e7691a94
 LEVELS = ("sls_pt", "sls_tl", "sls_td")
 
 
@@ -136,7 +130,7 @@ def write_submission(
         raise DataError(f"supervision={supervision!r}: {faults[0]}")
     path, head = from_root(path), dict(version="0.2", challenge="action_recognition", **dict(zip(LEVELS, supervision)))
     forms = {kind: "{" + ", ".join(f'"{label}": %.9g' for label in range(values.shape[1])) + "}" for kind, values in scores.scores.items()}
-    pairs, chance = top_actions(scores.scores["verb"], scores.scores["noun"])
+    pairs, chance = top_actions(scores.scores["verb"], scores.scores["noun"]) if actions else (None, None)
     with whole_file(path) as part, ZipFile(part, "w") as archive:
         entry = ZipInfo("test.json")  # without a date: the same scores make the same file
         entry.compress_type = ZIP_DEFLATED

@@ -8,7 +8,7 @@ __all__ = ['PRECISIONS', 'STORAGES', 'OPENAI_SCALARS', 'DINOV2_SIZES', 'DINOV2_N
            'fetch_weights', 'build_model', 'fill_token_table', 'timm_name', 'has_text', 'set_image_size', 'from_dinov2',
            'ClipEncoder', 'create_encoder', 'ClassEmbeddings', 'embed_classes', 'embed_prompts']
 
-# %% ../nbs/08_encoders.ipynb #f5997871
+# %% ../nbs/08_encoders.ipynb #25532862
 import hashlib
 import json
 import logging
@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from .classes import ClassSet
 from .files import DataError, did_you_mean, project_root, read_json, whole_file
-from .lavila import LAVILA_MEAN, LAVILA_STD, SIZES, LaViLa, LaViLaConfig, load_lavila, read_lavila, tokenize
+from .lavila import LAVILA_MEAN, LAVILA_STD, SIZES, LaViLa, LaViLaConfig, check_tensors, load_lavila, read_lavila, tokenize
 from .pixels import ALIASED, CLIP_MEAN, CLIP_STD, Preprocess
 
 # %% ../nbs/08_encoders.ipynb #693d3ec6
@@ -268,7 +268,7 @@ def read_weights(
         raise DataError(f"{path}: holds no state dict (names and tensors)")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
-# %% ../nbs/08_encoders.ipynb #245cbea2
+# %% ../nbs/08_encoders.ipynb #1b96aa66
 OPENAI_SCALARS = {"input_resolution", "context_length", "vocab_size"}  # beside the weights in OpenAI's archives
 
 
@@ -285,20 +285,8 @@ def load_weights(
     expected = model.state_dict()
     for name in {"logit_scale", "logit_bias"} & state.keys() & expected.keys():
         if state[name].numel() == 1: state[name] = state[name].reshape(expected[name].shape)
-    _check_tensors(state, {name: tuple(tensor.shape) for name, tensor in expected.items()}, source)
+    check_tensors(state, {name: tensor.shape for name, tensor in expected.items()}, source)
     model.load_state_dict(state)
-
-
-def _check_tensors(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], source: str) -> None:
-    faults = [f"missing: {name}" for name in shapes if name not in state]
-    faults += [f"unexpected: {name}" for name in state if name not in shapes]
-    for name in (name for name in shapes if name in state):
-        if tuple(state[name].shape) != shapes[name]:
-            faults.append(f"shape: {name} is {tuple(state[name].shape)}, the model's {shapes[name]}")
-        elif not torch.isfinite(state[name]).all():
-            faults.append(f"not finite: {name}")
-    if faults:
-        raise DataError.rows(f"{source}: the weights do not fit the model", faults)
 
 # %% ../nbs/08_encoders.ipynb #b992b8ff
 def check_activation(
@@ -513,7 +501,7 @@ def set_image_size(
     grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
     model.pos_embed = nn.Parameter(torch.cat([cls, grid.flatten(2).mT], 1))
 
-# %% ../nbs/08_encoders.ipynb #0c6c6e10
+# %% ../nbs/08_encoders.ipynb #bbc36626
 def from_dinov2(
     model: nn.Module,  # timm's DINOv2, of the picture size that the file is for
     state: dict[str, Tensor],
@@ -525,7 +513,7 @@ def from_dinov2(
     shapes = {"mask_token": (1, width), "cls_token": (1, 1, width), "pos_embed": (1, 1 + model.patch_embed.num_patches, width),
               "patch_embed.proj.weight": tuple(model.patch_embed.proj.weight.shape)}  # timm would stretch the last two without a word
     if registers: shapes["register_tokens"] = (1, registers, width)
-    _check_tensors({k: v for k, v in state.items() if k in shapes or k == "register_tokens"}, shapes, source)
+    check_tensors({k: v for k, v in state.items() if k in shapes or k == "register_tokens"}, shapes, source)
     return checkpoint_filter_fn(dict(state), model)
 
 # %% ../nbs/08_encoders.ipynb #4ca2c1c3

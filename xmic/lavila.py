@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'LAVILA_MEAN', 'LAVILA_STD', 'LaViLaConfig', 'DividedAttention', 'DividedBlock', 'VideoTower', 'LaViLa',
-           'from_clip', 'silence_time', 'resize_temporal', 'prepare_clip', 'tokenize', 'read_checkpoint', 'fit_weights',
-           'convert_checkpoint', 'read_lavila', 'load_lavila']
+           'from_clip', 'silence_time', 'resize_temporal', 'prepare_clip', 'tokenize', 'read_checkpoint',
+           'check_tensors', 'fit_weights', 'convert_checkpoint', 'read_lavila', 'load_lavila']
 
 # %% ../nbs/07_lavila.ipynb #3fa549b7
 import hashlib
@@ -298,7 +298,24 @@ def read_checkpoint(
     plain = {"epoch": saved["epoch"]} if isinstance(saved.get("epoch"), (int, float)) else {}
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}, plain | {"args": kept}
 
-# %% ../nbs/07_lavila.ipynb #01ea919e
+# %% ../nbs/07_lavila.ipynb #eaa5e9f3
+def check_tensors(
+    state: dict[str, Tensor],
+    shapes: dict[str, tuple[int, ...]],  # of the model's tensors by name
+    source: str | Path,  # where `state` comes from, for the error
+) -> None:
+    "Raises `DataError` that lists the tensors that are missing, unexpected, of another shape or not finite."
+    faults = [f"missing: {name}" for name in shapes if name not in state]
+    faults += [f"unexpected: {name}" for name in state if name not in shapes]
+    for name in (name for name in shapes if name in state):
+        if tuple(state[name].shape) != tuple(shapes[name]):
+            faults.append(f"shape: {name} is {tuple(state[name].shape)}, the model's {tuple(shapes[name])}")
+        elif not state[name].isfinite().all():
+            faults.append(f"not finite: {name}")
+    if faults:
+        raise DataError.rows(f"{source}: the weights do not fit the model", faults)
+
+
 def fit_weights(
     state: dict[str, Tensor],
     config: LaViLaConfig,  # of the size that the weights should have
@@ -309,15 +326,7 @@ def fit_weights(
     rows = table.shape[1] if table is not None and table.ndim == 3 and table.shape[1] else config.frames
     config = replace(config, frames=rows, gated=any(name.endswith("alpha_timeattn") for name in state))
     with torch.device("meta"): expected = {name: p.shape for name, p in LaViLa(config).state_dict().items()}
-    faults = [f"missing: {name}" for name in expected if name not in state]
-    faults += [f"unexpected: {name}" for name in state if name not in expected]
-    for name in (name for name in expected if name in state):
-        if state[name].shape != expected[name]:
-            faults.append(f"shape: {name} is {tuple(state[name].shape)}, the model's {tuple(expected[name])}")
-        elif not state[name].isfinite().all():
-            faults.append(f"not finite: {name}")
-    if faults:
-        raise DataError.rows(f"{source}: the weights do not fit the model", faults)
+    check_tensors(state, expected, source)
     return config, {name: tensor.float() for name, tensor in state.items()}
 
 # %% ../nbs/07_lavila.ipynb #a20fd102

@@ -6,8 +6,8 @@
 __all__ = ['RECIPES', 'ALIKE', 'PUBLISHED', 'SELECTIONS', 'METHODS', 'UNTRAINED', 'CONDITIONED', 'PROMPTED', 'PIXELS',
            'TrainConfig', 'Backbone', 'build_method', 'text_tower', 'resolve', 'learning_rate', 'epoch_rate', 'Split',
            'dataset_root', 'RunData', 'loss_and_right', 'subsample', 'Trainer', 'RunResult', 'run_name', 'run_folder',
-           'provenance', 'pick_device', 'peak_memory', 'held_out_videos', 'Selection', 'evaluate', 'train', 'restore',
-           'EvaluateConfig', 'evaluate_run']
+           'provenance', 'pick_device', 'peak_memory', 'held_out_videos', 'Selection', 'test_batches', 'evaluate',
+           'train', 'restore', 'EvaluateConfig', 'evaluate_run']
 
 # %% ../nbs/20_training.ipynb #a8dec974
 import hashlib
@@ -701,7 +701,19 @@ class Selection:
             self.best = dict(epoch=self.trainer.epoch, value=value, state=state)
         return value
 
-# %% ../nbs/20_training.ipynb #3aaa4cc2
+# %% ../nbs/20_training.ipynb #6ba033ce
+def test_batches(
+    split: Split,
+    config: TrainConfig,
+    positions: np.ndarray | None = None,  # which segments; None: all
+    batch_size: int = 256,  # of methods that read features; those that read pixels keep the size they are trained with
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    "The segments of a split at the bin centres, each once."
+    rows, context_rows = split.rows(config.frames)
+    order = np.arange(len(split.segments)) if positions is None else positions
+    return split.streams.batches(order, rows, config.batch_size if config.method in PIXELS else batch_size, context_rows)
+
+
 def evaluate(
     method: nn.Module,
     split: Split,
@@ -711,10 +723,7 @@ def evaluate(
     positions: np.ndarray | None = None,  # which segments; None: all
 ) -> dict[str, pd.DataFrame]:  # by kind, see `evaluation.predict`
     "Predictions for the segments of a split, at the bin centres, each segment once."
-    rows, context_rows = split.rows(config.frames)
-    order = np.arange(len(split.segments)) if positions is None else positions
-    size = config.batch_size if config.method in PIXELS else 256
-    return predict(method, split.streams.batches(order, rows, size, context_rows), text, split.labels, subsets)
+    return predict(method, test_batches(split, config, positions), text, split.labels, subsets)
 
 # %% ../nbs/20_training.ipynb #021ea683
 def _claim(folder: Path, config: TrainConfig) -> None:
