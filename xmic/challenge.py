@@ -6,7 +6,7 @@
 __all__ = ['ACTIONS', 'LEVELS', 'Scores', 'scores_of_run', 'join_scores', 'top_actions', 'write_submission', 'Submission',
            'read_submission', 'challenge_measures', 'score_submission', 'validation_truth', 'submission_of_runs']
 
-# %% ../nbs/22_challenge.ipynb #537d562e
+# %% ../nbs/22_challenge.ipynb #d9a7b086
 import json
 import math
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ import torch
 
 from .evaluation import accuracy, split_logits, sum_classes
 from .files import DataError, from_root, whole_file
-from .segments import read_classes, read_epic, read_epic_tail, read_epic_unseen
-from .training import RunResult, pick_device, restore, test_batches
+from .segments import read_classes, read_epic, read_epic_tail, read_epic_unseen, read_segments
+from .training import RunResult, dataset_root, pick_device, restore, test_batches
 
 # %% ../nbs/22_challenge.ipynb #6bbadac7
 @dataclass
@@ -51,13 +51,14 @@ class Scores:
         rows = [place[name] for name in segment_ids]
         return Scores(list(segment_ids), {kind: values[rows] for kind, values in self.scores.items()})
 
-# %% ../nbs/22_challenge.ipynb #984eb6a0
+# %% ../nbs/22_challenge.ipynb #f91867a8
 def scores_of_run(
     folder: str | Path,  # of a finished run
     dataset: str | None = None,  # the source, or a target of the run; None: the source
     device: str | None = "cpu",  # None: a GPU where there is one
+    split: str = "test",  # or "challenge": EPIC-KITCHENS' list without labels
 ) -> Scores:  # float32 logits, of the kinds that the run is for
-    "Logits of the test segments that have features. Raises `DataError` if the run is not finished or its data are not there."
+    "Logits of the segments that have features. Raises `DataError` if the run is not finished or its data are not there."
     if not (from_root(folder) / "metrics.json").exists():
         raise DataError(f"{folder} is not the folder of a finished run: it must hold metrics.json")
     run = RunResult.read(from_root(folder))
@@ -66,10 +67,10 @@ def scores_of_run(
         raise DataError(f"{folder} knows nothing of {dataset!r}; it was evaluated on {', '.join([c.dataset, *c.targets])}")
     c = replace(c, targets=[] if dataset == c.dataset else [dataset])
     data, method = restore(replace(run, config=c), pick_device(device))
-    split, text = data.split(dataset, "test"), data.text[dataset]
+    asked, text = data.split(dataset, split), data.text[dataset]
     with torch.inference_mode():
-        parts = [split_logits(method(batch, sum_classes(text)).float().cpu(), text) for _, batch in test_batches(split, c)]
-    return Scores(split.segments.segment_id.tolist(), {kind: torch.cat([part[kind] for part in parts]).numpy() for kind in text})
+        parts = [split_logits(method(batch, sum_classes(text)).float().cpu(), text) for _, batch in test_batches(asked, c)]
+    return Scores(asked.segments.segment_id.tolist(), {kind: torch.cat([part[kind] for part in parts]).numpy() for kind in text})
 
 
 def join_scores(
@@ -311,15 +312,17 @@ def validation_truth(
     return pd.DataFrame(dict(segment_id=segments["segment_id"], **labels, unseen=segments["video_id"].str.split("_").str[0].isin(unseen),
                              **{f"tail_{kind}": np.isin(labels[kind], tail) for kind, tail in tails.items()}))
 
-# %% ../nbs/22_challenge.ipynb #a31045e9
+# %% ../nbs/22_challenge.ipynb #f7526564
 def submission_of_runs(
     path: str | Path,  # of the ZIP
     noun: str | Path,  # folder of a finished run that was evaluated on EPIC
     verb: str | Path,  # of another, or the same one if it is for both
     supervision: tuple[int, int, int],  # as in `write_submission`
     device: str | None = "cpu",
+    split: str = "test",  # "test": the validation list, which `score_submission` can score; "challenge": the list that the challenge scores
 ) -> Path:
-    "From two finished runs to a submission for the validation list. Raises `DataError` if a segment has no features."
-    own = scores_of_run(noun, "epic", device)
-    same = from_root(noun) == from_root(verb)
-    return write_submission(path, join_scores(own, own if same else scores_of_run(verb, "epic", device)), supervision)
+    "From two finished runs to a submission. Raises `DataError` if a segment has no features."
+    own = scores_of_run(noun, "epic", device, split)
+    scores = join_scores(own, own if from_root(noun) == from_root(verb) else scores_of_run(verb, "epic", device, split))
+    root = dataset_root(RunResult.read(from_root(noun)).config, "epic")
+    return write_submission(path, scores.of(read_segments("epic", root, split).segment_id.tolist()), supervision)

@@ -120,12 +120,12 @@ def _seconds(
     match = _STAMP.fullmatch(stamp)
     return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]) if match else math.nan
 
-# %% ../nbs/03_segments.ipynb #329242b5
+# %% ../nbs/03_segments.ipynb #591c391f
 _EPIC_FOLDERS = ["annotations", "epic-kitchens-100-annotations", "annotations/epic-kitchens-100-annotations",
                  "EPIC-KITCHENS/annotations", "EPIC-KITCHENS/epic-kitchens-100-annotations"]
 _EPIC_SOURCE = "from github.com/epic-kitchens/epic-kitchens-100-annotations"
-_EPIC_NEEDS = ["narration_id", "video_id", "start_timestamp", "stop_timestamp", "start_frame", "stop_frame",
-               "narration", "verb_class", "noun_class"]
+_EPIC_NEEDS = ["narration_id", "video_id", "start_timestamp", "stop_timestamp", "start_frame", "stop_frame"]
+_EPIC_LABELS = ["narration", "verb_class", "noun_class"]
 
 
 def _epic_media(
@@ -140,7 +140,7 @@ def _epic_media(
     frames = [person / "rgb_frames" / video_id, home / "rgb_frames" / video_id]
     return _first({"auto": videos + frames, "video": videos, "frames": frames}[media])
 
-# %% ../nbs/03_segments.ipynb #041299cc
+# %% ../nbs/03_segments.ipynb #7be0a953
 def _epic_classes(
     root: Path,
     kind: str,  # "noun" or "verb"
@@ -150,20 +150,20 @@ def _epic_classes(
 
 def read_epic(
     root: str | Path,  # the folder with P01, P02, … in it, or the one above; annotations in it, below or beside it
-    split: str = "train",  # "train" or "validation"
+    split: str = "train",  # "train", "validation", or the challenge's "test", whose labels and narrations are not public: they are ""
     media: str = "auto",  # "video", "frames", or "auto": the video where there is one, else its frames
 ) -> pd.DataFrame:  # COLUMNS
-    "Segments of EPIC-KITCHENS-100, from the official `EPIC_100_{split}.csv`; frames count from 1 (see `epic_frame_rate`)."
+    "Segments of EPIC-KITCHENS-100, from the official `EPIC_100_{split}.csv`, or `EPIC_100_test_timestamps.csv`; frames count from 1 (see `epic_frame_rate`)."
     split = "validation" if split == "val" else split
-    if split not in ("train", "validation"):
-        raise DataError(f"EPIC-KITCHENS-100 has public labels for 'train' and 'validation', not for {split!r}")
+    _one_of(split, ("train", "validation", "test"), "split")
     if media not in ("auto", "video", "frames"):
         raise DataError(f"media is 'auto', 'video' or 'frames', not {media!r}")
     root = _root(root)
-    path = _find(f"EPIC_100_{split}.csv", root, _EPIC_FOLDERS, _EPIC_SOURCE)
-    rows = read_table(path, _EPIC_NEEDS)
-    labels = {}
-    for kind in ("verb", "noun"):
+    public = split != "test"
+    path = _find(f"EPIC_100_{split}{'' if public else '_timestamps'}.csv", root, _EPIC_FOLDERS, _EPIC_SOURCE)
+    rows = read_table(path, [*_EPIC_NEEDS, *(_EPIC_LABELS if public else [])])
+    labels = {} if public else dict.fromkeys(("narration", "verb", "noun"), "")
+    for kind in ("verb", "noun") if public else ():
         classes = _epic_classes(root, kind)
         label = _numbers(rows, [f"{kind}_class"], path, whole=True)[f"{kind}_class"]
         _reject((label < 0) | (label >= len(classes)), f"{path}: {kind}_class is not one of the {len(classes)} classes",
@@ -365,8 +365,8 @@ def read_csv(
         split=split, **_numbers(rows, ["start_sec", "stop_sec"], path),
         **_numbers(frames, ["start_frame", "stop_frame"], path, whole=True)), path)
 
-# %% ../nbs/03_segments.ipynb #fbf329f0
-_SPLITS = {"epic": {"train": "train", "test": "validation"}, "ego4d": {"train": "train", "test": "val"},
+# %% ../nbs/03_segments.ipynb #b8622257
+_SPLITS = {"epic": {"train": "train", "test": "validation", "challenge": "test"}, "ego4d": {"train": "train", "test": "val"},
            "egtea": {"train": "train", "test": "test"}, "csv": {"train": "train", "test": "test"}}
 
 
@@ -382,7 +382,7 @@ def _one_of(
 def read_segments(
     dataset: str,  # "epic", "ego4d", "egtea" or "csv"
     root: str | Path,  # its folder, as its reader wants it
-    split: str = "train",  # "train" or "test", as the paper uses them
+    split: str = "train",  # "train" or "test", as the paper uses them; "challenge", of epic alone
     **options,  # of its reader
 ) -> pd.DataFrame:  # COLUMNS
     "Segments of any dataset, by name."
