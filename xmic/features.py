@@ -7,7 +7,7 @@ __all__ = ['write_shard', 'read_shard', 'shard_name', 'read_checked', 'StoredVie
            'manifest_of', 'file_size', 'Timed', 'extract', 'ExtractConfig', 'resize_policy', 'dataset_store',
            'hand_boxes', 'extract_dataset']
 
-# %% ../nbs/10_features.ipynb #1cd4efa3
+# %% ../nbs/10_features.ipynb #3fe307a5
 import hashlib
 import json
 import os
@@ -36,7 +36,7 @@ from .encoders import Encoder, create_encoder
 from .files import DataError, from_root, one_at_a_time, read_json, remove_leftovers, whole_file, write_json
 from .hands import HandBoxes
 from .segments import read_segments
-from .video import DecodePool, decoder_version
+from .video import DecodePool, WorkerKilled, decoder_version
 
 # %% ../nbs/10_features.ipynb #d3d5f8b2
 def write_shard(
@@ -218,7 +218,7 @@ def _width(path: Path, manifest: Any) -> int:
         raise DataError(f"{path} does not say how wide its features are (dim): it is no manifest of a feature store; "
                         f"move {path.parent} away and extract again") from None
 
-# %% ../nbs/10_features.ipynb #285b2cfa
+# %% ../nbs/10_features.ipynb #4d06dfcf
 def _failure(line: str) -> dict | None:  # None: not a line of failures.jsonl
     with suppress(ValueError):
         record = json.loads(line)
@@ -243,6 +243,8 @@ def _read_failures(path: Path) -> dict[str, dict]:
 
 
 def _write_failures(path: Path, lines: dict[str, dict]) -> None:
+    if not lines:
+        return path.unlink(missing_ok=True)
     with whole_file(path) as part:
         part.write_text("".join(json.dumps(lines[i], ensure_ascii=False) + "\n" for i in sorted(lines)), encoding="utf-8")
 
@@ -476,7 +478,7 @@ def _add_to_shard(
             kept = [(i, f.clone(), n.numpy().copy()) for i, f, n in parts if i not in new]
         write_shard(path, kept + [(c.segment_id, features[torch.from_numpy(c.rows[view])], c.frames) for c in clips])
 
-# %% ../nbs/10_features.ipynb #11430279
+# %% ../nbs/10_features.ipynb #8abb46e1
 class _Video:
     "Encodes the crops of one video as they come, and writes its shards at the end."
 
@@ -514,7 +516,8 @@ class _Video:
         done = {clip.segment_id for clip in self.clips}
         self.failed |= {s.segment_id: str(error) for s in self.task.segments if error and s.segment_id not in done}
         paths = {s.segment_id: s.video_path for s in self.task.segments}
-        records = {i: dict(segment_id=i, video_id=self.task.video_id, video_path=paths[i], cause=cause, bytes=file_size(paths[i]))
+        again = isinstance(error, WorkerKilled)  # no size is noted: the next extraction tries it again
+        records = {i: dict(segment_id=i, video_id=self.task.video_id, video_path=paths[i], cause=cause, bytes=None if again else file_size(paths[i]))
                    for i, cause in self.failed.items()}
         order = {i: number for number, i in enumerate(paths)}
         clips = sorted(self.clips, key=lambda clip: order[clip.segment_id])

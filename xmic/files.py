@@ -144,7 +144,7 @@ def _refusal(error: Exception, part: Path) -> int | None:  # an error number
         return e.errno
     return None
 
-# %% ../nbs/00_files.ipynb #d8548650
+# %% ../nbs/00_files.ipynb #c6ec9a64
 def write_json(
     path: str | Path,  # the final name
     value: Any,  # anything `json` can write
@@ -163,7 +163,7 @@ def read_json(
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise DataError(f"{path}: not readable as JSON ({e}); the file may be cut short or damaged") from None
+        raise DataError(f"{path}: not readable as JSON ({e}); the file may be cut short or damaged: make it anew, or take it from a copy") from None
 
 # %% ../nbs/00_files.ipynb #0268f01b
 def read_text(
