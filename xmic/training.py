@@ -9,14 +9,19 @@ __all__ = ['RECIPES', 'ALIKE', 'PUBLISHED', 'SELECTIONS', 'METHODS', 'UNTRAINED'
            'provenance', 'pick_device', 'peak_memory', 'held_out_videos', 'Selection', 'test_batches', 'evaluate',
            'train', 'restore', 'EvaluateConfig', 'evaluate_run']
 
-# %% ../nbs/20_training.ipynb #a8dec974
+# %% ../nbs/20_training.ipynb #01b2dc40
 import hashlib
 import json
 import math
+import pickle
 import platform
 import resource
+import struct
 import subprocess
 import time
+import warnings
+import zipfile
+import zlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
@@ -25,6 +30,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -489,7 +495,22 @@ def _parts(batch: Batch, size: int) -> Iterator[tuple[Batch, slice]]:
         rows = slice(i, i + (size or len(batch)))
         yield Batch(batch.video[rows], None if batch.context is None else batch.context[rows]), rows
 
-# %% ../nbs/20_training.ipynb #f1552963
+# %% ../nbs/20_training.ipynb #d01d756c
+def _read_checkpoint(path: Path, device: torch.device, method: nn.Module) -> dict:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+        state = torch.load(path, map_location=device, weights_only=True)
+        shapes = {k: v.shape for k, v in method.state_dict().items()}
+        if {k: v.shape for k, v in state["method"].items()} != shapes or not {"optimizer", "epoch", "history", "best"} <= set(state):
+            raise KeyError("it is of another method")
+    except (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError,
+            AttributeError, NotImplementedError, struct.error) as e:
+        raise DataError(f"{path} is damaged ({str(e).splitlines()[0] if str(e) else type(e).__name__}): delete it, and the run begins anew") from None
+    return state
+
+# %% ../nbs/20_training.ipynb #ff7ecb45
 @dataclass
 class Trainer:
     "A method, its optimiser, and what it is trained on."
@@ -589,15 +610,15 @@ class Trainer:
                             history=self.history, best=selection and selection.best), part)
 
     def load(self, path: Path, selection: "Selection | None" = None) -> None:
-        "Goes on from a checkpoint."
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        "Goes on from a checkpoint. Raises `DataError` if it is damaged, and changes nothing then."
+        state = _read_checkpoint(path, self.device, self.method)
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.history = state["epoch"], state["history"]
         if selection:
             selection.best = state["best"]
 
-# %% ../nbs/20_training.ipynb #af778c97
+# %% ../nbs/20_training.ipynb #3849bb73
 @dataclass
 class RunResult:
     "What a run left behind."
@@ -609,11 +630,15 @@ class RunResult:
 
     @classmethod
     def read(cls, folder: str | Path) -> "RunResult":
-        "Reads a finished run."
+        "Reads a finished run. Raises `DataError` if one of its files is damaged."
         folder = Path(folder)
-        history = folder / "history.csv"
-        return cls(folder, settings(TrainConfig, read_json(folder / "config.json")), read_json(folder / "metrics.json"),
-                   pd.read_csv(history) if history.exists() else pd.DataFrame())
+        try:
+            history = pd.read_csv(folder / "history.csv")
+        except FileNotFoundError:
+            history = pd.DataFrame()
+        except ValueError as e:
+            raise DataError(f"{folder / 'history.csv'} is damaged ({e}): delete {folder} and run it again") from None
+        return cls(folder, settings(TrainConfig, read_json(folder / "config.json")), read_json(folder / "metrics.json"), history)
 
     @property
     def table(self) -> pd.DataFrame:
@@ -737,7 +762,7 @@ def _claim(folder: Path, config: TrainConfig) -> None:
     else:
         write_json(path, ours)
 
-# %% ../nbs/20_training.ipynb #25e33080
+# %% ../nbs/20_training.ipynb #396c94c1
 def _selection(config: TrainConfig, trainer: Trainer, data: RunData, tests: dict[str, Split]) -> Selection | None:
     "Who judges the epochs; takes held-out videos from the trainer."
     if config.selection == "source validation":
@@ -757,7 +782,10 @@ def _fit(config: TrainConfig, folder: Path, data: RunData, tests: dict[str, Spli
     selection = _selection(config, trainer, data, tests)
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists():
-        trainer.load(checkpoint, selection)
+        try:
+            trainer.load(checkpoint, selection)
+        except DataError as e:
+            warnings.warn(f"{e}; so it does now")
     with tqdm(total=config.epochs, initial=trainer.epoch, unit="epoch", mininterval=1, disable=None if config.progress else True) as bar:
         while trainer.epoch < config.epochs:
             line = trainer.run_epoch()
@@ -821,7 +849,7 @@ def train(
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return RunResult.read(folder)
 
-# %% ../nbs/20_training.ipynb #e0015bdb
+# %% ../nbs/20_training.ipynb #c283e8d4
 def restore(
     run: RunResult,
     device: torch.device,
@@ -829,7 +857,10 @@ def restore(
     "The data of a finished run, and its method with the trained weights."
     data = RunData(run.config, device)
     method = data.method()
-    method.load_state_dict(load_file(run.folder / "model.safetensors"))
+    try:
+        method.load_state_dict(load_file(run.folder / "model.safetensors"))
+    except (OSError, SafetensorError, RuntimeError) as e:
+        raise DataError(f"{run.folder / 'model.safetensors'} is missing or damaged ({e}): delete {run.folder} and run it again") from None
     return data, method.to(device).eval()
 
 # %% ../nbs/20_training.ipynb #b1b10ebd
