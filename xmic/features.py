@@ -6,13 +6,14 @@
 __all__ = ['write_shard', 'read_shard', 'shard_name', 'StoredView', 'FeatureStore', 'ExtractReport', 'manifest_of', 'file_size',
            'Timed', 'extract', 'ExtractConfig', 'resize_policy', 'dataset_store', 'hand_boxes', 'extract_dataset']
 
-# %% ../nbs/10_features.ipynb #99cad5c9
+# %% ../nbs/10_features.ipynb #489e9cac
 import hashlib
 import json
 import os
 import re
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
@@ -30,12 +31,12 @@ from tqdm.auto import tqdm
 
 from .clips import Clip, ClipTask, Failed, Pixels, clip_pixels
 from .encoders import Encoder, create_encoder
-from .files import DataError, from_root, read_json, whole_file, write_json
+from .files import DataError, brief, from_root, parse_json, read_json, whole_file, write_json
 from .hands import HandBoxes
 from .segments import read_segments
 from .video import DecodePool, decoder_version
 
-# %% ../nbs/10_features.ipynb #cad51d48
+# %% ../nbs/10_features.ipynb #30b9629a
 def write_shard(
     path: Path,  # <video>.safetensors
     segments: list[tuple[str, Tensor, np.ndarray]],  # segment id, (n, D) features, (n,) frame numbers
@@ -52,27 +53,36 @@ def _checksum(features: Tensor) -> str:
     return hashlib.sha256(memoryview(features.numpy()).cast("B")).hexdigest()
 
 
+def _counts(segments: Any) -> Iterable[int]:
+    "The numbers of rows of a shard's segments; `ValueError` if they are no such thing."
+    if not isinstance(segments, dict) or not all(type(rows) is int and rows >= 0 for rows in segments.values()):
+        raise ValueError("it does not say how many rows each segment has")
+    return segments.values()
+
+
 def read_shard(
     path: Path,
 ) -> tuple[Tensor, Tensor, dict]:  # (sum n, D) float16 features and (sum n,) frames, lazily mapped, and the header
     "Opens a shard without reading its rows. Raises `DataError` if it is not one."
     try:
         with safe_open(path, "pt") as f:
-            header = json.loads((f.metadata() or {})["shard"])
+            header = parse_json((f.metadata() or {})["shard"], "its header", dict)
             features, frames = f.get_tensor("features"), f.get_tensor("frames")
-        rows = sum(header["segments"].values())
-        if features.dtype != torch.float16 or features.ndim != 2 or len(features) != rows or len(frames) != rows:
+        rows = sum(_counts(header["segments"]))
+        if features.dtype != torch.float16 or features.ndim != 2 or len(features) != rows or frames.dtype != torch.int32 or frames.shape != (rows,):
             raise ValueError(f"its tensors {tuple(features.shape)} do not hold the {rows} rows of its segments")
-    except (SafetensorError, OSError, KeyError, ValueError, AttributeError) as e:
-        raise DataError(f"{path} is not a whole feature shard ({e}): delete it and extract again") from None
+        if not isinstance(header["sha256"], str): raise ValueError("its header has no checksum")
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as e:
+        raise DataError(f"{path} is not a whole feature shard ({brief(e, 300)}): delete it and extract again") from None
     return features, frames, header
 
-# %% ../nbs/10_features.ipynb #b771c533
+# %% ../nbs/10_features.ipynb #757014d3
 def shard_name(
     video_id: str,
 ) -> str:
-    "A file name for any video id: no separators, nothing hidden."
-    return re.sub(r"^\.", "%2E", quote(video_id, safe=" ")) + ".safetensors"
+    "A file name for any video id: no separators, nothing hidden, none too long."
+    name = re.sub(r"^\.", "%2E", quote(video_id, safe=" "))
+    return (name if len(name) <= 200 else f"{name[:150]}-{hashlib.sha256(name.encode()).hexdigest()[:32]}") + ".safetensors"
 
 # %% ../nbs/10_features.ipynb #32aca83e
 def _shard_fault(
@@ -90,20 +100,27 @@ def _shard_fault(
         return f"{path}: the rows do not match their checksum; delete it and extract again"
     return None if features.isfinite().all() else f"{path}: holds values that are not finite"
 
-# %% ../nbs/10_features.ipynb #4476f5d0
+# %% ../nbs/10_features.ipynb #7d319e68
+def _describes(entry: Any, size: int) -> bool:
+    "Whether an entry of index.json is of a shard of so many bytes."
+    with suppress(ValueError):
+        return isinstance(entry, dict) and entry.get("bytes") == size and _counts(entry.get("segments")) is not None
+    return False
+
+
 def _read_index(
     folder: Path,  # .../<dataset>/<view>
 ) -> tuple[dict, bool]:  # by shard: its bytes, and the rows of its segments; whether index.json says otherwise
     "What each shard of a view holds: from index.json where it still fits the shards' sizes, from their headers where not."
     try:
-        known = read_json(folder / "index.json")
+        known = read_json(folder / "index.json", dict)
     except DataError:
         known = {}
     index = {}
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
         if entry.name.endswith(".safetensors") and not entry.name.startswith("."):
             size = entry.stat().st_size
-            same = known.get(entry.name, {}).get("bytes") == size
+            same = _describes(known.get(entry.name), size)
             index[entry.name] = known[entry.name] if same else {
                 "bytes": size, "segments": read_shard(Path(entry.path))[2]["segments"]}
     return index, index != known
@@ -118,7 +135,7 @@ def _places(index: dict) -> dict[str, tuple[int, int, int]]:  # segment id -> sh
             first += rows
     return places
 
-# %% ../nbs/10_features.ipynb #18982068
+# %% ../nbs/10_features.ipynb #27d260df
 class StoredView:
     "The segments of one view: where each lies, and its rows, lazily mapped."
 
@@ -126,8 +143,9 @@ class StoredView:
                  folder: Path,  # .../<dataset>/<view>
                 ):
         self.folder = Path(folder)
-        self.manifest = read_json(self.folder / "manifest.json")
-        self.dim = int(self.manifest["dim"])
+        self.manifest = read_json(self.folder / "manifest.json", dict)
+        self.dim = self.manifest.get("dim")
+        if type(self.dim) is not int: raise DataError(f"{self.folder / 'manifest.json'}: it does not say the width of the features (dim): extract again")
         self.index, self.index_is_stale = _read_index(self.folder)
         self.shards, self.place = list(self.index), _places(self.index)
         self._open: dict[int, tuple[Tensor, Tensor]] = {}
@@ -154,10 +172,13 @@ class StoredView:
         features, frames = self.shard(number)
         return features[first:first + rows], frames[first:first + rows]
 
-# %% ../nbs/10_features.ipynb #037c8255
+# %% ../nbs/10_features.ipynb #621974e7
 @lru_cache(maxsize=8)
 def _parse_failures(path: Path, stamp: tuple) -> dict[str, dict]:  # segment id -> its line
-    return {record["segment_id"]: record for record in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    records = [parse_json(line, path, dict) for line in path.read_bytes().split(b"\n") if line]
+    if not all(isinstance(r.get("segment_id"), str) and {"cause", "bytes"} <= r.keys() for r in records):
+        raise DataError(f"{path}: a line lacks segment_id, cause or bytes; delete the file, and what failed is tried again")
+    return {record["segment_id"]: record for record in records}
 
 
 def _read_failures(path: Path) -> dict[str, dict]:

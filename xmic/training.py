@@ -6,10 +6,10 @@
 __all__ = ['RECIPES', 'ALIKE', 'PUBLISHED', 'SELECTIONS', 'METHODS', 'UNTRAINED', 'CONDITIONED', 'PROMPTED', 'PIXELS',
            'TrainConfig', 'Backbone', 'build_method', 'text_tower', 'resolve', 'learning_rate', 'epoch_rate', 'Split',
            'dataset_root', 'RunData', 'loss_and_right', 'subsample', 'Trainer', 'RunResult', 'run_name', 'run_folder',
-           'provenance', 'pick_device', 'peak_memory', 'held_out_videos', 'Selection', 'evaluate', 'train', 'restore',
-           'EvaluateConfig', 'evaluate_run']
+           'provenance', 'pick_device', 'peak_memory', 'held_out_videos', 'Selection', 'evaluate', 'train',
+           'load_trained', 'restore', 'EvaluateConfig', 'evaluate_run']
 
-# %% ../nbs/20_training.ipynb #a8dec974
+# %% ../nbs/20_training.ipynb #385e6248
 import hashlib
 import json
 import math
@@ -36,7 +36,7 @@ from .clip_adapter import AVERAGES, BRANCHES, CLIPAdapter
 from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts, has_text
 from .evaluation import harmonic_means, predict, split_logits, sum_classes, summarise
 from .features import FeatureStore, StoredView, Timed, dataset_store, resize_policy
-from .files import DataError, did_you_mean, from_root, project_root, read_json, settings, whole_file, write_json
+from .files import DataError, brief, check_archive, did_you_mean, from_root, project_root, read_json, read_table, settings, whole_file, write_json
 from .frames import FrameStore, PixelStreams, frames_folder
 from .prompting import A5, POSITIONS, CoCoOp, CoOp, text_once
 from .segments import central_window, read_classes, read_segments
@@ -489,7 +489,7 @@ def _parts(batch: Batch, size: int) -> Iterator[tuple[Batch, slice]]:
         rows = slice(i, i + (size or len(batch)))
         yield Batch(batch.video[rows], None if batch.context is None else batch.context[rows]), rows
 
-# %% ../nbs/20_training.ipynb #f1552963
+# %% ../nbs/20_training.ipynb #9cd04151
 @dataclass
 class Trainer:
     "A method, its optimiser, and what it is trained on."
@@ -589,15 +589,19 @@ class Trainer:
                             history=self.history, best=selection and selection.best), part)
 
     def load(self, path: Path, selection: "Selection | None" = None) -> None:
-        "Goes on from a checkpoint."
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.history = state["epoch"], state["history"]
-        if selection:
-            selection.best = state["best"]
+        "Goes on from a checkpoint; raises `DataError` if it is damaged, or none of this run."
+        try:
+            check_archive(path)
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            self.method.load_state_dict(state["method"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.epoch, self.history = int(state["epoch"]), list(state["history"])
+            if selection:
+                selection.best = state["best"]
+        except Exception as e:
+            raise DataError(f"{path}: no checkpoint of this run ({type(e).__name__}: {brief(e, 200)}); delete it, and the run begins anew") from None
 
-# %% ../nbs/20_training.ipynb #af778c97
+# %% ../nbs/20_training.ipynb #b70de55e
 @dataclass
 class RunResult:
     "What a run left behind."
@@ -612,8 +616,8 @@ class RunResult:
         "Reads a finished run."
         folder = Path(folder)
         history = folder / "history.csv"
-        return cls(folder, settings(TrainConfig, read_json(folder / "config.json")), read_json(folder / "metrics.json"),
-                   pd.read_csv(history) if history.exists() else pd.DataFrame())
+        return cls(folder, settings(TrainConfig, read_json(folder / "config.json", dict)), read_json(folder / "metrics.json", dict),
+                   read_table(history).apply(pd.to_numeric, errors="coerce") if history.exists() else pd.DataFrame())
 
     @property
     def table(self) -> pd.DataFrame:
@@ -812,7 +816,19 @@ def train(
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return RunResult.read(folder)
 
-# %% ../nbs/20_training.ipynb #e0015bdb
+# %% ../nbs/20_training.ipynb #de2b80df
+def load_trained(
+    method: nn.Module,
+    path: str | Path,  # model.safetensors of a run
+) -> None:
+    "Copies the trained weights of a run into its method; raises `DataError` if they are damaged, or another method's."
+    try:
+        method.load_state_dict(load_file(path))
+        if odd := [name for name, tensor in method.state_dict().items() if tensor.isnan().any()]: raise ValueError(f"{odd[0]} is not a number")
+    except Exception as e:
+        raise DataError(f"{path}: not the weights of this run ({type(e).__name__}: {brief(' '.join(str(e).split()), 300)}); it may be cut short") from None
+
+
 def restore(
     run: RunResult,
     device: torch.device,
@@ -820,7 +836,7 @@ def restore(
     "The data of a finished run, and its method with the trained weights."
     data = RunData(run.config, device)
     method = data.method()
-    method.load_state_dict(load_file(run.folder / "model.safetensors"))
+    load_trained(method, run.folder / "model.safetensors")
     return data, method.to(device).eval()
 
 # %% ../nbs/20_training.ipynb #b1b10ebd
