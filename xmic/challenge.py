@@ -6,9 +6,10 @@
 __all__ = ['ACTIONS', 'LEVELS', 'Scores', 'scores_of_run', 'join_scores', 'top_actions', 'write_submission', 'Submission',
            'read_submission', 'challenge_measures', 'score_submission', 'validation_truth', 'submission_of_runs']
 
-# %% ../nbs/22_challenge.ipynb #d9a7b086
+# %% ../nbs/22_challenge.ipynb #e709b1d3
 import json
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import pandas as pd
 import torch
 
 from .evaluation import accuracy, split_logits, sum_classes
-from .files import DataError, from_root, whole_file
+from .files import DataError, brief, from_root, parse_json, whole_file
 from .segments import read_classes, read_epic, read_epic_tail, read_epic_unseen, read_segments
 from .training import RunResult, dataset_root, pick_device, restore, test_batches
 
@@ -112,7 +113,7 @@ def _best(scores: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     found = np.exp(found - found[:, :1])
     return best, found / found.sum(1, keepdims=True)
 
-# %% ../nbs/22_challenge.ipynb #e7691a94
+# %% ../nbs/22_challenge.ipynb #93dfddcb
 LEVELS = ("sls_pt", "sls_tl", "sls_td")
 
 
@@ -148,10 +149,10 @@ def write_submission(
 
 
 def _levels(head: dict[str, Any]) -> list[str]:
-    return [f"{name} must be a whole number from 0 to 5, not {head.get(name)!r}" for name in LEVELS
+    return [f"{name} must be a whole number from 0 to 5, not {brief(repr(head.get(name)))}" for name in LEVELS
             if type(head.get(name)) is not int or not 0 <= head[name] <= 5]
 
-# %% ../nbs/22_challenge.ipynb #d06c8fbb
+# %% ../nbs/22_challenge.ipynb #2f842849
 @dataclass
 class Submission:
     "A submission as it was read."
@@ -170,10 +171,9 @@ def read_submission(
 ) -> Submission:  # segments in the order asked for; actions are computed where the file has none
     "Reads a submission. Raises one `DataError` for whatever is wrong with it."
     path = from_root(path)
-    content = _content(path)
-    faults = _head(content)
-    results = content.get("results") if isinstance(content, dict) else None
-    if faults:
+    content = _content(path, room=1_000_000 + len(segment_ids) * (100 * (verbs + nouns + ACTIONS) + 1000))
+    results = content.get("results")
+    if faults := _head(content):
         raise DataError(f"{path}: no submission to the action recognition challenge:\n  " + "\n  ".join(faults))
     wanted = set(segment_ids)
     missing, unknown = [s for s in segment_ids if s not in results], [s for s in results if s not in wanted]
@@ -194,33 +194,31 @@ def read_submission(
     return Submission(scores, tuple(content[level] for level in LEVELS), pairs, chance)
 
 
-def _content(path: Path) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise DataError(f"{path}: {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one place")
-        return found
-
+def _content(
+    path: Path,
+    room: int,  # bytes that no honest test.json exceeds
+) -> dict:
     try:
         if path.suffix == ".zip":
             with ZipFile(path) as archive:
-                text = archive.read("test.json")
+                size = archive.getinfo("test.json").file_size
+                text = archive.read("test.json") if size <= room else b""
         else:
-            text = path.read_bytes()
-        return json.loads(text, object_pairs_hook=once)
+            size = path.stat().st_size
+            text = path.read_bytes() if size <= room else b""
     except KeyError:
         raise DataError(f"{path}: no test.json in it") from None
-    except (OSError, BadZipFile, EOFError, UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (OSError, BadZipFile, EOFError, RuntimeError, ValueError, zlib.error) as e:
         raise DataError(f"{path}: cannot be read ({e}); it may be cut short or damaged") from None
+    if size > room:
+        raise DataError(f"{path}: test.json has {size:,} bytes, and one for these segments has less than {room:,}; it is another file, or made to fill the memory")
+    return parse_json(text, path, dict)
 
 
-def _head(content: Any) -> list[str]:
+def _head(content: dict) -> list[str]:
     "What is wrong around the results."
-    if not isinstance(content, dict):
-        return ["it must be an object"]
     wanted = dict(version="0.2", challenge="action_recognition")
-    faults = [f"{name} must be {value!r}, not {content.get(name)!r}" for name, value in wanted.items() if content.get(name) != value]
+    faults = [f"{name} must be {value!r}, not {brief(repr(content.get(name)))}" for name, value in wanted.items() if content.get(name) != value]
     return faults + _levels(content) + (["results must be an object with an entry for each segment"] if not isinstance(content.get("results"), dict) else [])
 
 
@@ -252,13 +250,13 @@ def _entry(name: str, entry: Any, sizes: dict[str, int], with_actions: bool) -> 
 
 
 def _numbers(name: str, kind: str, values: dict) -> list[str]:
-    odd = [f"{name}: {kind} {key!r} has the score {value!r}" for key, value in values.items() if type(value) not in (int, float) or not abs(value) < 1e300]
+    odd = [f"{name}: {kind} {key!r} has the score {brief(repr(value))}" for key, value in values.items() if type(value) not in (int, float) or not abs(value) < 1e300]
     return odd[:1]
 
 
 def _is_action(key: str, sizes: dict[str, int]) -> bool:
     parts = key.split(",")
-    return len(parts) == 2 and all(part.isdecimal() and str(int(part)) == part and int(part) < size for part, size in zip(parts, sizes.values()))
+    return len(parts) == 2 and all(part.isdecimal() and len(part) < 9 and str(int(part)) == part and int(part) < size for part, size in zip(parts, sizes.values()))
 
 # %% ../nbs/22_challenge.ipynb #bbd58447
 def challenge_measures(

@@ -9,7 +9,7 @@ __all__ = ['PRECISIONS', 'STORAGES', 'OPENAI_SCALARS', 'DINOV2_SIZES', 'DINOV2_N
            'set_image_size', 'from_dinov2', 'ClipEncoder', 'create_encoder', 'ClassEmbeddings', 'embed_classes',
            'embed_prompts']
 
-# %% ../nbs/08_encoders.ipynb #cda55a4a
+# %% ../nbs/08_encoders.ipynb #83ce414d
 import hashlib
 import json
 import logging
@@ -44,8 +44,8 @@ from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
 from .classes import ClassSet
-from .files import DataError, did_you_mean, project_root, read_json, whole_file
-from .lavila import LAVILA_MEAN, LAVILA_STD, SIZES, LaViLa, LaViLaConfig, check_tensors, load_lavila, read_lavila, tokenize
+from .files import DataError, brief, check_pickle, did_you_mean, project_root, read_json, whole_file
+from .lavila import LAVILA_MEAN, LAVILA_STD, SIZES, LaViLa, LaViLaConfig, check_tensors, is_plain, load_lavila, read_lavila, tokenize
 from .pixels import ALIASED, CLIP_MEAN, CLIP_STD, Preprocess
 
 # %% ../nbs/08_encoders.ipynb #693d3ec6
@@ -375,7 +375,7 @@ class Encoder(nn.Module):
                     **({"logit_bias": self.logit_bias} if self.logit_bias else {}),
                     **{k: v for k, v in self.config.items() if k == "position_interpolation"})
 
-# %% ../nbs/08_encoders.ipynb #b12dfa6a
+# %% ../nbs/08_encoders.ipynb #22885de9
 STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
             "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32, "BoolStorage": torch.bool}
 
@@ -385,7 +385,7 @@ class ArchiveUnpickler(pickle.Unpickler):
 
     def __init__(self, archive: zipfile.ZipFile, root: str):
         super().__init__(BytesIO(archive.read(f"{root}/data.pkl")))
-        self.archive, self.root = archive, root
+        self.archive, self.root, self.storages = archive, root, {}
 
     def find_class(self, module, name):
         if module.split(".")[0] == "__torch__": return type(name, (), {})
@@ -398,18 +398,24 @@ class ArchiveUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid):
         _, dtype, key, _, _ = pid
-        return torch.frombuffer(bytearray(self.archive.read(f"{self.root}/data/{key}")), dtype=dtype)
+        if (dtype, key) not in self.storages:
+            self.storages[dtype, key] = torch.frombuffer(bytearray(self.archive.read(f"{self.root}/data/{key}")), dtype=dtype)
+        return self.storages[dtype, key]
 
-# %% ../nbs/08_encoders.ipynb #1af40372
-def _tensors(module: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+# %% ../nbs/08_encoders.ipynb #d79b63c2
+def _tensors(module: object, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
+    seen = set() if seen is None else seen
     for name, value in vars(module).items():
-        if isinstance(value, Tensor): yield prefix + name, value
-        elif hasattr(value, "__dict__"): yield from _tensors(value, f"{prefix}{name}.")
+        if isinstance(value, Tensor):
+            yield prefix + name, value
+        elif hasattr(value, "__dict__") and id(value) not in seen:
+            seen.add(id(value))
+            yield from _tensors(value, f"{prefix}{name}.", seen)
 
 
 def _read_archive(path: Path) -> dict[str, Tensor] | None:
     "The tensors of a TorchScript archive; None if the file is no such archive."
-    if not zipfile.is_zipfile(path): return None
+    if not check_archive(path): return None
     with zipfile.ZipFile(path) as archive:
         roots = [name.removesuffix("/constants.pkl") for name in archive.namelist() if name.endswith("/constants.pkl")]
         return dict(_tensors(ArchiveUnpickler(archive, roots[0]).load())) if roots else None
@@ -426,11 +432,11 @@ def read_weights(
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as e:
-        reason = str(e).strip().split("\n")[0][:200]
+        reason = brief(str(e).strip().split("\n")[0], 200)
         raise DataError(f"{path}: not readable as weights alone ({type(e).__name__}: {reason}). It may be cut short, or hold "
                         "objects besides tensors; those are never loaded: save the state dict as safetensors") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict): state = state["state_dict"]
-    if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not state or not all(map(is_plain, state.values())) or not all(isinstance(name, str) for name in state):
         raise DataError(f"{path}: holds no state dict (names and tensors)")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
@@ -533,13 +539,17 @@ def _which_weights(
                      f"weights {str(weights)!r}: neither a file nor a pretrained tag of {name}")
                     + f"; its tags: {', '.join(tags) or 'none'}. Or pass a weight file, or weights='random'")
 
-# %% ../nbs/08_encoders.ipynb #265cbd4b
+# %% ../nbs/08_encoders.ipynb #265f53c8
 def _settings_of(name: str, path: Path | None) -> dict:
     "Mean, std, interpolation, resize_mode and (if known) quick_gelu that belong to a weight file, or to an architecture."
     beside = path and path.with_name("open_clip_config.json")
     if beside and beside.is_file():
-        config = read_json(beside)
-        return {**config.get("preprocess_cfg", {}), "quick_gelu": bool(config.get("model_cfg", {}).get("quick_gelu", False))}
+        config = read_json(beside, dict)
+        model, preprocess = config.get("model_cfg", {}), config.get("preprocess_cfg", {})
+        numbers = [preprocess.get(name) or CLIP_MEAN for name in ("mean", "std")] if isinstance(preprocess, dict) and isinstance(model, dict) else [None]
+        if not all(isinstance(three, (list, tuple)) and len(three) == 3 and all(isinstance(x, (int, float)) and 0 < x < 2 for x in three) for three in numbers):
+            raise DataError(f"{beside}: expected the configuration of an open_clip model, with three numbers as mean and as std")
+        return {**preprocess, "quick_gelu": bool(model.get("quick_gelu", False))}
     known = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
     chosen = next((c for c in known if c["mean"] == CLIP_MEAN), known[0] if known else {})
     return {k: v for k, v in chosen.items() if k != "quick_gelu"}

@@ -61,7 +61,7 @@ class Profile:
     def root(self, dataset: str) -> str:
         return f"{self.data}/{dataset}"
 
-# %% ../nbs/28_experiments.ipynb #78701bcd
+# %% ../nbs/28_experiments.ipynb #249ba2d2
 MINI_METHODS: dict[str, dict] = {  # rates: the best of the published one times 1, 4, 16 and 64, see benchmarks/learning_rates.py
     "coop": dict(lr=0.032),
     "cocoop": dict(lr=0.032),
@@ -110,7 +110,7 @@ def _changed(p: Profile) -> Profile:
     path = Path(p.data) / "profile.json"
     if not path.exists():
         return p
-    changes, own = read_json(path), [f.name for f in fields(Profile) if f.name not in ("name", "size", "data")]
+    changes, own = read_json(path, dict), [f.name for f in fields(Profile) if f.name not in ("name", "size", "data")]
     for key, value in changes.items():
         if key not in own or type(value) is not type(getattr(p, key)) and not isinstance(getattr(p, key), tuple):
             raise DataError(f"{path}: {key}={value!r} cannot be set; it may hold {', '.join(own)}{did_you_mean(key, own)}")

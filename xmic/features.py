@@ -7,7 +7,7 @@ __all__ = ['IN_FLIGHT', 'write_shard', 'read_shard', 'shard_name', 'read_checked
            'manifest_of', 'file_size', 'Timed', 'extract', 'ExtractConfig', 'resize_policy', 'dataset_store',
            'hand_boxes', 'extract_dataset']
 
-# %% ../nbs/10_features.ipynb #0a6b6ecb
+# %% ../nbs/10_features.ipynb #755399af
 import hashlib
 import json
 import os
@@ -34,12 +34,12 @@ from tqdm.auto import tqdm
 
 from .clips import Clip, ClipTask, Failed, Pixels, clip_pixels
 from .encoders import Encoder, create_encoder
-from .files import DataError, from_root, one_at_a_time, read_json, remove_leftovers, whole_file, write_json
+from .files import DataError, brief, from_root, one_at_a_time, parse_json, read_json, remove_leftovers, whole_file, write_json
 from .hands import HandBoxes
 from .segments import read_segments
 from .video import DecodePool, WorkerKilled, decoder_version
 
-# %% ../nbs/10_features.ipynb #d3d5f8b2
+# %% ../nbs/10_features.ipynb #f5d155c8
 def write_shard(
     path: Path,  # <video>.safetensors
     segments: list[tuple[str, Tensor, np.ndarray]],  # segment id, (n, D) features, (n,) frame numbers
@@ -61,35 +61,42 @@ def _checksum_of_places(rows: dict[str, int], frames: Tensor) -> str:
     return hashlib.sha256(json.dumps(rows).encode() + frames.numpy().tobytes()).hexdigest()
 
 
+def _counts(segments: Any) -> Iterable[int]:
+    "The numbers of rows of a shard's segments; `ValueError` if they are no such thing."
+    if not isinstance(segments, dict) or not all(type(rows) is int and rows >= 0 for rows in segments.values()):
+        raise ValueError("it does not say how many rows each segment has")
+    return segments.values()
+
+
 def read_shard(
     path: Path,
 ) -> tuple[Tensor, Tensor, dict]:  # (sum n, D) float16 features and (sum n,) int32 frames, lazily mapped, and the header
     "Opens a shard without reading its rows. Raises `DataError` if it is not one."
     try:
         with safe_open(path, "pt") as f:
-            header = json.loads((f.metadata() or {})["shard"])
+            header = parse_json((f.metadata() or {})["shard"], "its header", dict)
             features, frames = f.get_tensor("features"), f.get_tensor("frames")
-        rows = sum(header["segments"].values())
-        if features.dtype != torch.float16 or features.ndim != 2 or frames.dtype != torch.int32 or len(features) != rows or len(frames) != rows:
+        rows = sum(_counts(header["segments"]))
+        if features.dtype != torch.float16 or features.ndim != 2 or len(features) != rows or frames.dtype != torch.int32 or frames.shape != (rows,):
             raise ValueError(f"its tensors {tuple(features.shape)} do not hold the {rows} rows of its segments")
-        if not isinstance(header["sha256"], str):
-            raise ValueError("it has no checksum")
+        if not isinstance(header["sha256"], str): raise ValueError("its header has no checksum")
         if header.get("places_sha256") not in (None, _checksum_of_places(header["segments"], frames)):  # None: written before there was one
             raise ValueError("its segments or frame numbers do not match their checksum")
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as e:
-        raise DataError(f"{path} is not a whole feature shard ({e}): {_repair_of(path)}") from None
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as e:
+        raise DataError(f"{path} is not a whole feature shard ({brief(e, 300)}): {_repair_of(path)}") from None
     return features, frames, header
 
 
 def _repair_of(path: Path) -> str:
     return f"FeatureStore({str(path.parent.parent)!r}).repair() sets it aside, and extraction makes it anew"
 
-# %% ../nbs/10_features.ipynb #b771c533
+# %% ../nbs/10_features.ipynb #757014d3
 def shard_name(
     video_id: str,
 ) -> str:
-    "A file name for any video id: no separators, nothing hidden."
-    return re.sub(r"^\.", "%2E", quote(video_id, safe=" ")) + ".safetensors"
+    "A file name for any video id: no separators, nothing hidden, none too long."
+    name = re.sub(r"^\.", "%2E", quote(video_id, safe=" "))
+    return (name if len(name) <= 200 else f"{name[:150]}-{hashlib.sha256(name.encode()).hexdigest()[:32]}") + ".safetensors"
 
 # %% ../nbs/10_features.ipynb #eb6ba9bf
 def read_checked(
@@ -116,19 +123,26 @@ def _shard_fault(
         return str(e)
     return None if features.isfinite().all() else f"{path}: holds values that are not finite: {_repair_of(path)}"
 
-# %% ../nbs/10_features.ipynb #b5b91428
+# %% ../nbs/10_features.ipynb #f7ae63e8
+def _describes(entry: Any, size: int | None) -> bool:
+    "Whether an entry of index.json is of a shard of so many bytes."
+    with suppress(ValueError):
+        return isinstance(entry, dict) and entry.get("bytes") == size and _counts(entry.get("segments")) is not None
+    return False
+
+
 def _read_index(
     folder: Path,  # .../<dataset>/<view>
 ) -> tuple[dict, bool]:  # by shard: its bytes, and the rows of its segments; whether index.json says otherwise
     "What each shard of a view holds: from index.json where it still fits the shards' sizes, from their headers where not."
     try:
-        known = read_json(folder / "index.json")
+        known = read_json(folder / "index.json", dict)
     except DataError:
         known = {}
     index = {}
     for path in _shards(folder):
-        entry, size = known.get(path.name) if isinstance(known, dict) else None, _size(path)
-        index[path.name] = entry if _fits(entry, size) else {"bytes": size, "segments": read_shard(path)[2]["segments"]}
+        entry, size = known.get(path.name), _size(path)
+        index[path.name] = entry if _describes(entry, size) else {"bytes": size, "segments": read_shard(path)[2]["segments"]}
     return index, index != known
 
 
@@ -138,13 +152,6 @@ def _shards(folder: Path) -> list[Path]:
 
 def _size(path: Path) -> int | None:
     with suppress(OSError): return path.stat().st_size
-
-
-def _fits(entry: Any, size: int | None) -> bool:
-    "Whether an entry of index.json is one, and that of a shard of this size."
-    if not isinstance(entry, dict) or entry.get("bytes") != size or not isinstance(entry.get("segments"), dict):
-        return False
-    return all(type(rows) is int and rows >= 0 for rows in entry["segments"].values())
 
 
 def _places(
@@ -163,7 +170,7 @@ def _places(
             first += rows
     return places
 
-# %% ../nbs/10_features.ipynb #295a992a
+# %% ../nbs/10_features.ipynb #d0224ea4
 class StoredView:
     "The segments of one view: where each lies, and its rows, lazily mapped."
 
@@ -171,7 +178,7 @@ class StoredView:
                  folder: Path,  # .../<dataset>/<view>
                 ):
         self.folder = Path(folder)
-        self.manifest = read_json(self.folder / "manifest.json")
+        self.manifest = read_json(self.folder / "manifest.json", dict)
         self.dim = _width(self.folder / "manifest.json", self.manifest)
         self.index, self.index_is_stale = _read_index(self.folder)
         self.shards, self.place = list(self.index), _places(self.index, self.folder)
@@ -219,11 +226,11 @@ def _width(path: Path, manifest: Any) -> int:
         raise DataError(f"{path} does not say how wide its features are (dim): it is no manifest of a feature store; "
                         f"move {path.parent} away and extract again") from None
 
-# %% ../nbs/10_features.ipynb #4d06dfcf
+# %% ../nbs/10_features.ipynb #3429bc7f
 def _failure(line: str) -> dict | None:  # None: not a line of failures.jsonl
-    with suppress(ValueError):
-        record = json.loads(line)
-        if isinstance(record, dict) and {"segment_id", "cause", "bytes"} <= set(record): return record
+    with suppress(DataError):
+        record = parse_json(line, "failures.jsonl", dict)
+        if isinstance(record.get("segment_id"), str) and {"cause", "bytes"} <= set(record): return record
 
 
 @lru_cache(maxsize=8)

@@ -6,7 +6,7 @@
 __all__ = ['ShardWriter', 'FrameShard', 'FrameStore', 'frames_folder', 'store_frames', 'store_dataset', 'random_crops',
            'crop_clip', 'PixelStreams']
 
-# %% ../nbs/18_frames.ipynb #308c323d
+# %% ../nbs/18_frames.ipynb #1bc29abc
 import hashlib
 import json
 import math
@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from .clips import Clip, ClipTask, Failed, Pixels, clip_pixels
 from .encoders import create_encoder
 from .features import ExtractConfig, ExtractReport, Timed, file_size, hand_boxes, resize_policy, shard_name
-from .files import DataError, from_root, read_json, whole_file, write_json
+from .files import DataError, brief, from_root, parse_json, read_json, whole_file, write_json
 from .hands import HandBoxes
 from .pixels import Preprocess
 from .segments import read_segments
@@ -76,7 +76,7 @@ class ShardWriter:
         self.file.seek(8)
         self.file.write(_header({i: len(rows) for i, (rows, _) in segments.items()}, self.count, self.side, self.digest.hexdigest()))
 
-# %% ../nbs/18_frames.ipynb #9f9d62d9
+# %% ../nbs/18_frames.ipynb #d87c4050
 class FrameShard:
     "One shard, opened by its header alone. Raises `DataError` if it is not whole."
 
@@ -87,16 +87,20 @@ class FrameShard:
         try:
             with open(path, "rb") as file:
                 room = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(min(room, 100_000_000)))
-            info = json.loads(header["__metadata__"]["shard"])
+                header = parse_json(file.read(min(room, 100_000_000)), "its header", dict)
+            info = parse_json(header["__metadata__"]["shard"], "its header", dict)
             self.segments: dict[str, int] = info["segments"]
             self.sha256: str = info["sha256"]
             self.count, self.side = header["pixels"]["shape"][:2]
             self.pixels_at, self.tables_at = (8 + room + header[name]["data_offsets"][0] for name in ("pixels", "rows"))
             if (size := path.stat().st_size) != 8 + room + header["frames"]["data_offsets"][1]:
                 raise ValueError(f"it has {size:,} bytes, its header says {8 + room + header['frames']['data_offsets'][1]:,}")
+            if not all(type(n) is int and n >= 0 for n in (*self.segments.values(), self.count, self.side, self.pixels_at)):
+                raise ValueError("its header has other things than counts where they belong")
+            if self.pixels_at + self.count * self.side**2 * 3 != self.tables_at:
+                raise ValueError(f"{self.count:,} frames of {self.side} x {self.side} pixels are of another size than it says")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise DataError(f"{path} is not a whole shard of frames ({e}): delete it and store the frames again") from None
+            raise DataError(f"{path} is not a whole shard of frames ({brief(e, 300)}): delete it and store the frames again") from None
         self._tables: tuple[np.ndarray, np.ndarray] | None = None
 
     @property

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recognition', 'Recognizer']
 
-# %% ../nbs/24_recognizer.ipynb #cec0d259
+# %% ../nbs/24_recognizer.ipynb #03170b17
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from typing import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapter import ZeroShot
@@ -25,7 +25,7 @@ from .features import resize_policy
 from .files import DataError, read_json, settings, whole_file, write_json
 from .hands import HandBoxes
 from .streams import Batch
-from .training import CONDITIONED, PIXELS, TrainConfig, build_method, text_tower
+from .training import CONDITIONED, PIXELS, TrainConfig, build_method, load_trained, resolve, text_tower
 from .video import VideoInfo, frame_indices, frame_times, probe, read_frames
 
 # %% ../nbs/24_recognizer.ipynb #befb0727
@@ -96,15 +96,16 @@ class _Frames:
         if len(self.images) % n: raise DataError(f"frames={len(self.images)}: {encoder.name} reads clips of {n}; train with a multiple of that")
         return _of_view(encoder, view).encode_frames(self.images, boxes=self.boxes if view == "hand" else None)[None].repeat_interleave(n, 1)
 
-# %% ../nbs/24_recognizer.ipynb #f18901bb
+# %% ../nbs/24_recognizer.ipynb #b2f3ad37
 _Saved = dict[str, tuple[TrainConfig, Path]]  # "noun", "verb" -> how the adapter was trained, and its weights
 
 
 def _saved(folder: Path) -> _Saved:
-    kept = read_json(folder / "config.json")
-    if "adapters" in kept:
-        return {kind: (settings(TrainConfig, c), folder / f"{kind}.safetensors") for kind, c in kept["adapters"].items()}
-    run = settings(TrainConfig, kept)
+    kept = read_json(folder / "config.json", dict)
+    adapters = kept.get("adapters")
+    if isinstance(adapters, dict) and adapters and set(adapters) <= {"noun", "verb"} and all(isinstance(c, dict) for c in adapters.values()):
+        return {kind: (resolve(settings(TrainConfig, c)), folder / f"{kind}.safetensors") for kind, c in adapters.items()}
+    run = resolve(settings(TrainConfig, kept))
     return {kind: (run, folder / "model.safetensors") for kind in (["noun", "verb"] if run.labels == "both" else [run.labels])}
 
 
@@ -125,7 +126,7 @@ def _notes(frames: _Frames, zero_shot: list[str], encoder: Encoder) -> list[str]
         notes.append("RANDOM encoder weights: the answer means nothing")
     return notes
 
-# %% ../nbs/24_recognizer.ipynb #2760434d
+# %% ../nbs/24_recognizer.ipynb #40320b5c
 class Recognizer:
     "A frozen CLIP with trained adapters, for videos and class lists of any kind."
 
@@ -159,7 +160,7 @@ class Recognizer:
             if not path.is_file():
                 raise DataError(f"{path}: no such file; {folder} is neither a finished run nor a saved recognizer")
             methods[kind] = build_method(config, encoder.dim, context.dim, float(encoder.logit_scale), text_tower(config, encoder), encoder=encoder)
-            methods[kind].load_state_dict(load_file(path))
+            load_trained(methods[kind], path)
         return cls(encoder, methods, {kind: config for kind, (config, _) in saved.items()}, context)
 
     def save_pretrained(self,

@@ -7,21 +7,18 @@ __all__ = ['RECIPES', 'ALIKE', 'PUBLISHED', 'SELECTIONS', 'METHODS', 'UNTRAINED'
            'TrainConfig', 'Backbone', 'build_method', 'text_tower', 'resolve', 'learning_rate', 'epoch_rate', 'Split',
            'dataset_root', 'RunData', 'loss_and_right', 'subsample', 'Trainer', 'RunResult', 'run_name', 'run_folder',
            'provenance', 'pick_device', 'peak_memory', 'held_out_videos', 'Selection', 'test_batches', 'evaluate',
-           'train', 'restore', 'EvaluateConfig', 'evaluate_run']
+           'train', 'load_trained', 'restore', 'EvaluateConfig', 'evaluate_run']
 
-# %% ../nbs/20_training.ipynb #01b2dc40
+# %% ../nbs/20_training.ipynb #882d8045
 import hashlib
 import json
 import math
-import pickle
 import platform
 import resource
-import struct
 import subprocess
 import time
 import warnings
 import zipfile
-import zlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
@@ -30,7 +27,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -42,7 +38,7 @@ from .clip_adapter import AVERAGES, BRANCHES, CLIPAdapter
 from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts, has_text
 from .evaluation import harmonic_means, predict, split_logits, sum_classes, summarise
 from .features import FeatureStore, StoredView, Timed, dataset_store, resize_policy
-from .files import DataError, did_you_mean, from_root, project_root, read_json, settings, whole_file, write_json
+from .files import DataError, brief, check_archive, did_you_mean, from_root, project_root, read_json, settings, whole_file, write_json
 from .frames import FrameStore, PixelStreams, frames_folder
 from .prompting import A5, POSITIONS, CoCoOp, CoOp, text_once
 from .segments import central_window, read_classes, read_segments
@@ -495,22 +491,25 @@ def _parts(batch: Batch, size: int) -> Iterator[tuple[Batch, slice]]:
         rows = slice(i, i + (size or len(batch)))
         yield Batch(batch.video[rows], None if batch.context is None else batch.context[rows]), rows
 
-# %% ../nbs/20_training.ipynb #d01d756c
-def _read_checkpoint(path: Path, device: torch.device, method: nn.Module) -> dict:
+# %% ../nbs/20_training.ipynb #c613f349
+def _read_checkpoint(path: Path, device: torch.device, method: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    "What a checkpoint holds, its optimiser's part loaded; `DataError` before anything is changed if it does not fit."
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        check_archive(path)
         state = torch.load(path, map_location=device, weights_only=True)
-        shapes = {k: v.shape for k, v in method.state_dict().items()}
-        if {k: v.shape for k, v in state["method"].items()} != shapes or not {"optimizer", "epoch", "history", "best"} <= set(state):
-            raise KeyError("it is of another method")
-    except (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError,
-            AttributeError, NotImplementedError, struct.error) as e:
-        raise DataError(f"{path} is damaged ({str(e).splitlines()[0] if str(e) else type(e).__name__}): delete it, and the run begins anew") from None
-    return state
+        if {k: v.shape for k, v in state["method"].items()} != {k: v.shape for k, v in method.state_dict().items()}:
+            raise ValueError("it is of another method")
+        known = dict(method=state["method"], epoch=int(state["epoch"]), history=list(state["history"]), best=state["best"])
+        optimizer.load_state_dict(state["optimizer"])
+    except Exception as e:  # whatever a damaged file makes its readers raise
+        raise DataError(f"{path} is damaged, or none of this run ({type(e).__name__}: {brief(' '.join(str(e).split()), 200)}): delete it, and the run "
+                        f"begins anew") from None
+    return known
 
-# %% ../nbs/20_training.ipynb #ff7ecb45
+# %% ../nbs/20_training.ipynb #1d6db8aa
 @dataclass
 class Trainer:
     "A method, its optimiser, and what it is trained on."
@@ -610,15 +609,14 @@ class Trainer:
                             history=self.history, best=selection and selection.best), part)
 
     def load(self, path: Path, selection: "Selection | None" = None) -> None:
-        "Goes on from a checkpoint. Raises `DataError` if it is damaged, and changes nothing then."
-        state = _read_checkpoint(path, self.device, self.method)
+        "Goes on from a checkpoint. Raises `DataError` if it is damaged or none of this run, and changes nothing then."
+        state = _read_checkpoint(path, self.device, self.method, self.optimizer)
         self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.history = state["epoch"], state["history"]
         if selection:
             selection.best = state["best"]
 
-# %% ../nbs/20_training.ipynb #3849bb73
+# %% ../nbs/20_training.ipynb #d01486b4
 @dataclass
 class RunResult:
     "What a run left behind."
@@ -637,8 +635,8 @@ class RunResult:
         except FileNotFoundError:
             history = pd.DataFrame()
         except ValueError as e:
-            raise DataError(f"{folder / 'history.csv'} is damaged ({e}): delete {folder} and run it again") from None
-        return cls(folder, settings(TrainConfig, read_json(folder / "config.json")), read_json(folder / "metrics.json"), history)
+            raise DataError(f"{folder / 'history.csv'} is damaged ({brief(e, 200)}): delete {folder} and run it again") from None
+        return cls(folder, settings(TrainConfig, read_json(folder / "config.json", dict)), read_json(folder / "metrics.json", dict), history)
 
     @property
     def table(self) -> pd.DataFrame:
@@ -849,7 +847,19 @@ def train(
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return RunResult.read(folder)
 
-# %% ../nbs/20_training.ipynb #c283e8d4
+# %% ../nbs/20_training.ipynb #de2b80df
+def load_trained(
+    method: nn.Module,
+    path: str | Path,  # model.safetensors of a run
+) -> None:
+    "Copies the trained weights of a run into its method; raises `DataError` if they are damaged, or another method's."
+    try:
+        method.load_state_dict(load_file(path))
+        if odd := [name for name, tensor in method.state_dict().items() if tensor.isnan().any()]: raise ValueError(f"{odd[0]} is not a number")
+    except Exception as e:
+        raise DataError(f"{path}: not the weights of this run ({type(e).__name__}: {brief(' '.join(str(e).split()), 300)}); it may be cut short") from None
+
+
 def restore(
     run: RunResult,
     device: torch.device,
@@ -857,10 +867,7 @@ def restore(
     "The data of a finished run, and its method with the trained weights."
     data = RunData(run.config, device)
     method = data.method()
-    try:
-        method.load_state_dict(load_file(run.folder / "model.safetensors"))
-    except (OSError, SafetensorError, RuntimeError) as e:
-        raise DataError(f"{run.folder / 'model.safetensors'} is missing or damaged ({e}): delete {run.folder} and run it again") from None
+    load_trained(method, run.folder / "model.safetensors")
     return data, method.to(device).eval()
 
 # %% ../nbs/20_training.ipynb #b1b10ebd
