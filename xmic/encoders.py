@@ -44,7 +44,7 @@ from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
 from .classes import ClassSet
-from .files import DataError, brief, check_pickle, did_you_mean, project_root, read_json, whole_file
+from .files import DataError, brief, check_archive, did_you_mean, project_root, read_json, whole_file
 from .lavila import LAVILA_MEAN, LAVILA_STD, SIZES, LaViLa, LaViLaConfig, check_tensors, is_plain, load_lavila, read_lavila, tokenize
 from .pixels import ALIASED, CLIP_MEAN, CLIP_STD, Preprocess
 

@@ -509,7 +509,7 @@ class _Video:
         done = {clip.segment_id for clip in self.clips}
         self.failed |= {s.segment_id: str(self.error) for s in self.task.segments if self.error and s.segment_id not in done}
         paths = {s.segment_id: s.video_path for s in self.task.segments}
-        again = isinstance(error, WorkerKilled)  # no size is noted: the next extraction tries it again
+        again = isinstance(self.error, WorkerKilled)  # no size is noted: the next extraction tries it again
         records = {i: dict(segment_id=i, video_id=self.task.video_id, video_path=paths[i], cause=cause, bytes=None if again else file_size(paths[i]))
                    for i, cause in self.failed.items()}
         order = {i: number for number, i in enumerate(paths)}
