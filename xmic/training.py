@@ -9,7 +9,7 @@ __all__ = ['RECIPES', 'ALIKE', 'PUBLISHED', 'SELECTIONS', 'METHODS', 'UNTRAINED'
            'provenance', 'pick_device', 'peak_memory', 'held_out_videos', 'Selection', 'evaluate', 'train', 'restore',
            'EvaluateConfig', 'evaluate_run']
 
-# %% ../nbs/20_training.ipynb #a8dec974
+# %% ../nbs/20_training.ipynb #79cf032b
 import hashlib
 import json
 import math
@@ -18,6 +18,7 @@ import resource
 import subprocess
 import time
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
@@ -33,6 +34,7 @@ import xmic
 from .adapter import XMIC, ZeroShot, trained_parameters
 from .classes import ClassSet
 from .clip_adapter import AVERAGES, BRANCHES, CLIPAdapter
+from .distributed import deal, first_ahead, from_first, gather, is_first, mine, sum_gradients, world
 from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts, has_text
 from .evaluation import harmonic_means, predict, split_logits, sum_classes, summarise
 from .features import FeatureStore, StoredView, Timed, dataset_store, resize_policy
@@ -489,7 +491,7 @@ def _parts(batch: Batch, size: int) -> Iterator[tuple[Batch, slice]]:
         rows = slice(i, i + (size or len(batch)))
         yield Batch(batch.video[rows], None if batch.context is None else batch.context[rows]), rows
 
-# %% ../nbs/20_training.ipynb #f1552963
+# %% ../nbs/20_training.ipynb #18638057
 @dataclass
 class Trainer:
     "A method, its optimiser, and what it is trained on."
@@ -535,23 +537,25 @@ class Trainer:
         return text, labels
 
     def step(self,
-             batch: Batch,
+             batch: Batch | None,  # of this process; None: nothing
              labels: dict[str, Tensor],  # by kind: (B,)
              text: dict[str, ClassEmbeddings] | None = None,  # classes that compete, by kind; None: all
-            ) -> tuple[Tensor, Tensor]:  # loss and number right, on the device
+             size: int | None = None,  # segments of all processes; None: those of this batch
+            ) -> tuple[Tensor, Tensor]:  # loss and number right of all processes, on the device
         "Forward, backward and update for one batch, in parts where it is too large; the losses of nouns and verbs are added."
         text = text or self.text
         both = self.both if text is self.text else sum_classes(text)
         loss, right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         with text_once(self.method):
-            for part, rows in _parts(batch, self.config.micro_batch):
+            for part, rows in _parts(batch, self.config.micro_batch) if batch else ():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
                     logits = split_logits(self.method(part, both), text)
                 part_loss, part_right = loss_and_right(logits, {k: y[rows] for k, y in labels.items()})
-                part_loss = part_loss * (len(part) / len(batch))
+                part_loss = part_loss * (len(part) / (size or len(batch)))
                 part_loss.backward()
                 loss, right = loss + part_loss.detach(), right + part_right
+        loss, right = sum_gradients(self.trained, loss, right)
         self.optimizer.step()
         return loss, right
 
@@ -568,11 +572,13 @@ class Trainer:
         loss, right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         steps = seen = 0
         self.method.train()
-        cuts = dict(rng=np.random.default_rng([c.seed, self.epoch, 2])) if c.method in PIXELS else {}
-        batches = Timed(self.split.streams.batches(order, rows, c.batch_size, context_rows, drop_last=len(order) >= c.batch_size, **cuts))
-        for positions, batch in batches:
+        whole, own, size = deal(len(order), c.batch_size)
+        wanted, cuts = (order, dict(rng=np.random.default_rng([c.seed, self.epoch, 2]), own=own)) if c.method in PIXELS else (order[own], {})
+        batches = Timed(self.split.streams.batches(wanted, rows, size, context_rows, **cuts))
+        for places, (_, batch) in zip_longest(whole, batches, fillvalue=(None, None)):
+            positions = order[places]
             text, labels = self.competing(positions, class_rng)
-            step_loss, step_right = self.step(batch, labels, text)
+            step_loss, step_right = self.step(batch, {k: mine(y) for k, y in labels.items()}, text, len(positions))
             loss, right, steps, seen = loss + step_loss, right + step_right, steps + 1, seen + len(positions)
         line = dict(epoch=self.epoch, lr=lr, loss=float(loss) / steps, train_top1=100 * float(right) / seen, segments=seen,
                     seconds=time.perf_counter() - begin, data_seconds=batches.waited)
@@ -589,8 +595,8 @@ class Trainer:
                             history=self.history, best=selection and selection.best), part)
 
     def load(self, path: Path, selection: "Selection | None" = None) -> None:
-        "Goes on from a checkpoint."
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        "Goes on from a checkpoint, in any number of processes."
+        state = from_first(lambda: torch.load(path, map_location=self.device, weights_only=True))
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.history = state["epoch"], state["history"]
@@ -701,7 +707,7 @@ class Selection:
             self.best = dict(epoch=self.trainer.epoch, value=value, state=state)
         return value
 
-# %% ../nbs/20_training.ipynb #3aaa4cc2
+# %% ../nbs/20_training.ipynb #bcec2960
 def evaluate(
     method: nn.Module,
     split: Split,
@@ -713,8 +719,18 @@ def evaluate(
     "Predictions for the segments of a split, at the bin centres, each segment once."
     rows, context_rows = split.rows(config.frames)
     order = np.arange(len(split.segments)) if positions is None else positions
-    size = config.batch_size if config.method in PIXELS else 256
-    return predict(method, split.streams.batches(order, rows, size, context_rows), text, split.labels, subsets)
+    size, own = config.batch_size if config.method in PIXELS else 256, mine(order)
+    parts = gather(predict(method, split.streams.batches(own, rows, size, context_rows), text, split.labels, subsets) if len(own) else None)
+    if len(parts) == 1:
+        return parts[0]
+    return {kind: _in_order([part[kind] for part in parts if part], order) for kind in text}
+
+
+def _in_order(tables: list[pd.DataFrame], order: np.ndarray) -> pd.DataFrame:
+    "The tables of several processes as one process would have made them."
+    place = np.empty(order.max() + 1, np.int64)
+    place[order] = np.arange(len(order))
+    return pd.concat(tables).sort_values("position", key=lambda p: place[p], ignore_index=True)
 
 # %% ../nbs/20_training.ipynb #021ea683
 def _claim(folder: Path, config: TrainConfig) -> None:
@@ -728,7 +744,7 @@ def _claim(folder: Path, config: TrainConfig) -> None:
     else:
         write_json(path, ours)
 
-# %% ../nbs/20_training.ipynb #25e33080
+# %% ../nbs/20_training.ipynb #e3767d87
 def _selection(config: TrainConfig, trainer: Trainer, data: RunData, tests: dict[str, Split]) -> Selection | None:
     "Who judges the epochs; takes held-out videos from the trainer."
     if config.selection == "source validation":
@@ -747,16 +763,17 @@ def _fit(config: TrainConfig, folder: Path, data: RunData, tests: dict[str, Spli
     trainer = Trainer(config, method, data.text[config.dataset], data.split(config.dataset, "train"), data.device)
     selection = _selection(config, trainer, data, tests)
     checkpoint = folder / "checkpoint.pt"
-    if checkpoint.exists():
+    if from_first(checkpoint.exists):
         trainer.load(checkpoint, selection)
     with tqdm(total=config.epochs, initial=trainer.epoch, unit="epoch", mininterval=1, disable=None if config.progress else True) as bar:
         while trainer.epoch < config.epochs:
             line = trainer.run_epoch()
             if selection:
                 line["selection_top1"] = selection.look()
-            trainer.save(checkpoint, selection)
-            with whole_file(folder / "history.csv") as part:
-                pd.DataFrame(trainer.history).to_csv(part, index=False)
+            if is_first():
+                trainer.save(checkpoint, selection)
+                with whole_file(folder / "history.csv") as part:
+                    pd.DataFrame(trainer.history).to_csv(part, index=False)
             bar.set_postfix(loss=f"{line['loss']:.3f}", top1=f"{line['train_top1']:.1f}%", refresh=False)
             bar.update()
     selected = None
@@ -765,7 +782,7 @@ def _fit(config: TrainConfig, folder: Path, data: RunData, tests: dict[str, Spli
         selected = dict(epoch=selection.best["epoch"], value=selection.best["value"])
     return method, selected, trainer.history
 
-# %% ../nbs/20_training.ipynb #f0c0d8d0
+# %% ../nbs/20_training.ipynb #4a937386
 def _evaluate_all(config: TrainConfig, folder: Path, data: RunData, tests: dict[str, Split], method: nn.Module) -> dict:
     "Accuracies on every dataset, with the numbers of segments and of competing classes; leaves predictions.csv in the folder."
     results, classes, predictions = {}, {}, []
@@ -778,37 +795,45 @@ def _evaluate_all(config: TrainConfig, folder: Path, data: RunData, tests: dict[
         for kind, table in tables.items():
             ids = split.segments.segment_id.to_numpy()[table.position]
             predictions.append(table.drop(columns="position").assign(dataset=dataset, kind=kind, segment_id=ids))
-    with whole_file(folder / "predictions.csv") as part:
-        pd.concat(predictions).to_csv(part, index=False, float_format="%.6g")
+    if is_first():
+        with whole_file(folder / "predictions.csv") as part:
+            pd.concat(predictions).to_csv(part, index=False, float_format="%.6g")
     return dict(
         results=results, harmonic_means=harmonic_means(results), classes=classes,
         segments={d: dict(segments=s.total, with_features=len(s.segments), missing=s.total - len(s.segments)) for d, s in tests.items()},
         features={d: {f"{v.folder.name} {v.manifest['fingerprint']}": v.manifest for v in s.streams.views} for d, s in tests.items()})
 
-# %% ../nbs/20_training.ipynb #45032280
+# %% ../nbs/20_training.ipynb #377904c2
 def train(
     config: TrainConfig,
 ) -> RunResult:
     "Trains and evaluates one run; returns at once if it is done, goes on where it was killed. Raises `DataError` on bad settings or data."
     config = resolve(config)
     folder = run_folder(config)
-    _claim(folder, config)
-    if (folder / "metrics.json").exists():
-        return RunResult.read(folder)
+    if is_first():
+        _claim(folder, config)
+    if from_first((folder / "metrics.json").exists):
+        return from_first(lambda: RunResult.read(folder))
     begin = time.perf_counter()
     device = pick_device(config.device)
-    data = RunData(config, device)
+    with first_ahead():
+        data = RunData(config, device)
     tests = {d: data.split(d, "test") for d in [config.dataset, *config.targets]}
     method, selected, history = data.method().to(device), None, []
     if config.method not in UNTRAINED:
         method, selected, history = _fit(config, folder, data, tests, method)
-    metrics = _evaluate_all(config, folder, data, tests, method)
-    with whole_file(folder / "model.safetensors") as part:
-        save_file({k: v.contiguous().cpu() for k, v in method.state_dict().items()}, part)
-    write_json(folder / "metrics.json", metrics | dict(
+    metrics = _evaluate_all(config, folder, data, tests, method) | dict(
         selection=dict(rule=config.selection, **(selected or {})), parameters=trained_parameters(method), seed=config.seed,
         seconds=round(sum(line["seconds"] for line in history), 3), seconds_in_all=round(time.perf_counter() - begin, 3),
-        peak_memory=peak_memory(device), versions=provenance(device)))
+        peak_memory=peak_memory(device), versions=provenance(device), **(dict(processes=world()[1]) if world()[1] > 1 else {}))
+    return from_first(lambda: _finish(folder, method, metrics))
+
+
+def _finish(folder: Path, method: nn.Module, metrics: dict) -> RunResult:
+    "Writes what a run leaves; the checkpoint goes last."
+    with whole_file(folder / "model.safetensors") as part:
+        save_file({k: v.contiguous().cpu() for k, v in method.state_dict().items()}, part)
+    write_json(folder / "metrics.json", metrics)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return RunResult.read(folder)
 
