@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['cosine_logits', 'video_embedding', 'ZeroShot', 'EgoSpatioTemporalAttention', 'XMIC', 'trained_parameters']
 
-# %% ../nbs/13_adapter.ipynb #542d656a
+# %% ../nbs/13_adapter.ipynb #e40c737f
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Transformer
+from .attention import Transformer, linear
 from .encoders import ClassEmbeddings
 from .files import DataError
 from .streams import Batch
 
-# %% ../nbs/13_adapter.ipynb #bd5b9530
+# %% ../nbs/13_adapter.ipynb #39bd8ef8
 def cosine_logits(
     text: Tensor,  # (C, D) class embeddings
     vector: Tensor | None,  # (B, D) what is added to all of them for each video; None: nothing
@@ -28,12 +28,12 @@ def cosine_logits(
     dtype = torch.promote_types(torch.promote_types(text.dtype, video.dtype), torch.float32)
     with torch.autocast(video.device.type, enabled=False):
         text, video = text.to(dtype), F.normalize(video.to(dtype), dim=-1)
-        inner = video @ text.T
+        inner = linear(video, text)
         squared = text.square().sum(-1)
         if vector is not None:
             vector = vector.to(dtype)
             inner = inner + (vector * video).sum(-1, keepdim=True)
-            squared = squared + 2 * vector @ text.T + vector.square().sum(-1, keepdim=True)
+            squared = squared + 2 * linear(vector, text) + vector.square().sum(-1, keepdim=True)
         return logit_scale * inner * squared.clamp_min(torch.finfo(dtype).tiny).rsqrt()
 
 # %% ../nbs/13_adapter.ipynb #aa365530

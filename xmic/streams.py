@@ -109,7 +109,7 @@ def free_bytes(
     except OSError:
         return int(0.3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if hasattr(os, "sysconf") else 2 << 30
 
-# %% ../nbs/11_streams.ipynb #60ded154
+# %% ../nbs/11_streams.ipynb #3eaf60d9
 class Streams:
     "The classified and the conditioning stream of chosen segments, ready to be sampled."
 
@@ -158,17 +158,15 @@ class Streams:
                positions: np.ndarray,  # (B,) segments
                rows: np.ndarray,  # (B, T) rows of each
               ) -> Tensor:  # (B, T, D) float32 on the device
-        "The sampled rows of some segments."
-        if self.own[view] is not self.lengths:
-            rows = rows * self.own[view][positions, None] // self.lengths[positions, None]
-        if self.resident:
-            index = torch.from_numpy(self.first[view][positions][:, None] + rows).to(self.device, non_blocking=True)
-            return self.rows[view][index].float()
-        out = np.empty((*rows.shape, self.views[view].dim), np.float16)
+        "The sampled rows of some segments, read from disk."
+        rows, out = self._own_rows(view, positions, rows), np.empty((*rows.shape, self.views[view].dim), np.float16)
         for to, (shard, first, _), wanted in zip(out, self.places[view][positions], rows):
             low, high = wanted.min(), wanted.max()
             np.take(self.files[view].rows(shard, first + low, first + high + 1), wanted - low, axis=0, out=to)
         return torch.from_numpy(out).to(self.device, non_blocking=True).float()
+
+    def _own_rows(self, view: int, positions: np.ndarray, rows: np.ndarray) -> np.ndarray:  # (B, T)
+        return rows if self.own[view] is self.lengths else rows * self.own[view][positions, None] // self.lengths[positions, None]
 
     def batch(self,
               positions: np.ndarray,  # (B,)
@@ -176,11 +174,39 @@ class Streams:
               context_rows: np.ndarray | None = None,  # (B, T) of the conditioning stream; None: the same
              ) -> Batch:
         "Both streams of some segments."
+        if self.resident:
+            return self.take(self.resident_rows(positions, rows, context_rows), context_rows is not None)
         later = rows if context_rows is None else context_rows
         gathered = {at: self.gather(at, positions, later) for at in dict.fromkeys(self.context_at)}
         same = later is rows and self.video_at in gathered
         video = gathered[self.video_at] if same else self.gather(self.video_at, positions, rows)
         return Batch(video, torch.stack([gathered[at] for at in self.context_at], dim=2) if self.context_at else None)
+
+    def resident_rows(self,
+                      positions: np.ndarray,  # (N,) segments
+                      rows: np.ndarray,  # (N, T)
+                      context_rows: np.ndarray | None = None,  # (N, T)
+                     ) -> Tensor:  # (N, 1 + V, T) of the classified stream and of each view of the conditioning one, on the device
+        "Where sampled rows lie among all resident ones: for a whole epoch one copy to the device."
+        later = rows if context_rows is None else context_rows
+        found = [self.first[at][positions][:, None] + self._own_rows(at, positions, wanted)
+                 for at, wanted in [(self.video_at, rows), *((at, later) for at in self.context_at)]]
+        return torch.from_numpy(np.stack(found, axis=1)).to(self.device)
+
+    def take(self,
+             found: Tensor,  # (B, 1 + V, T), some of `resident_rows`
+             shifted: bool = False,  # the two streams were sampled apart
+            ) -> Batch:
+        "Both streams of resident rows. The host neither waits for the device nor is waited for."
+        b, _, t = found.shape
+        pick = lambda view, i: self.rows[view].index_select(0, found[:, i].reshape(-1)).view(b, t, -1)
+        if not self.context_at:
+            return Batch(pick(self.video_at, 0).float())
+        context = torch.empty(b, t, len(self.context_at), self.views[self.context_at[0]].dim, device=self.device)
+        for i, view in enumerate(self.context_at):
+            context[:, :, i] = pick(view, i + 1)
+        same = self.video_at in self.context_at and not shifted
+        return Batch(context[:, :, self.context_at.index(self.video_at)] if same else pick(self.video_at, 0).float(), context)
 
     def batches(self,
                 order: np.ndarray,  # positions of the segments, in the order of the batches

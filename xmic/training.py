@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['RECIPES', 'ALIKE', 'PUBLISHED', 'SELECTIONS', 'METHODS', 'UNTRAINED', 'CONDITIONED', 'PROMPTED', 'PIXELS',
            'TrainConfig', 'Backbone', 'build_method', 'text_tower', 'resolve', 'learning_rate', 'epoch_rate', 'Split',
-           'dataset_root', 'RunData', 'loss_and_right', 'subsample', 'Trainer', 'RunResult', 'run_name', 'run_folder',
-           'provenance', 'pick_device', 'peak_memory', 'held_out_videos', 'Selection', 'test_batches', 'evaluate',
-           'train', 'load_trained', 'restore', 'EvaluateConfig', 'evaluate_run']
+           'dataset_root', 'RunData', 'loss_and_right', 'subsample', 'DeviceSteps', 'Trainer', 'RunResult', 'run_name',
+           'run_folder', 'provenance', 'pick_device', 'peak_memory', 'held_out_videos', 'Selection', 'test_batches',
+           'evaluate', 'train', 'load_trained', 'restore', 'EvaluateConfig', 'evaluate_run']
 
-# %% ../nbs/20_training.ipynb #48f0312a
+# %% ../nbs/20_training.ipynb #8f581118
 import hashlib
 import json
 import math
+import os
 import platform
 import resource
 import subprocess
@@ -493,6 +494,63 @@ def _parts(batch: Batch, size: int) -> Iterator[tuple[Batch, slice]]:
         rows = slice(i, i + (size or len(batch)))
         yield Batch(batch.video[rows], None if batch.context is None else batch.context[rows]), rows
 
+# %% ../nbs/20_training.ipynb #6a7a4684
+class DeviceSteps:
+    "Steps that read their slices of tensors on the device, and add up what they return."
+
+    def __init__(self,
+                 step: Callable[[dict[str, Tensor]], Tensor],  # from its slices to what is added up, without a look from the host
+                 total: Tensor,  # zeros, of the shape of the sum
+                 graph: bool = False,  # as a CUDA graph, from the fourth step on
+                ):
+        self.step, self.total, self.graph = step, total, graph
+        self.at = torch.zeros(1, dtype=torch.long, device=total.device)
+        self.given: dict[str, Tensor] = {}
+        self.recorded: Any = None
+
+    def run(self,
+            given: dict[str, Tensor],  # (steps, ...) each, of the same shapes every time
+           ) -> Tensor:  # the sum
+        "All steps in order."
+        self.given = self.given or {name: torch.empty_like(x) for name, x in given.items()}
+        for name, x in given.items():
+            self.given[name].copy_(x)
+        self.total.zero_(), self.at.zero_()
+        left = len(next(iter(given.values())))
+        if self.graph and self.recorded is None and left > 3:
+            left -= self._record()
+        for _ in range(left):
+            self.recorded.replay() if self.recorded else self._one()
+        return self.total
+
+    def _one(self) -> None:
+        self.total += self.step({name: x.index_select(0, self.at)[0] for name, x in self.given.items()})
+        self.at += 1
+
+    def _record(self) -> int:  # steps that were taken before
+        aside, recorded = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                self._one()
+        torch.cuda.current_stream().wait_stream(aside)
+        try:
+            with torch.cuda.graph(recorded):
+                self._one()
+            self.recorded = recorded
+        except RuntimeError as e:
+            warnings.warn(f"the step cannot be recorded as a CUDA graph ({e}); it runs without")
+            self.graph = False
+        return 3
+
+# %% ../nbs/20_training.ipynb #1325c97e
+def _optimizer(c: TrainConfig, trained: list[nn.Parameter], device: torch.device, graph: bool) -> torch.optim.Optimizer:
+    fused = device.type in ("cpu", "cuda") and c.method not in PROMPTED
+    if c.optimizer == "sgd":
+        return torch.optim.SGD(trained, c.lr, c.momentum, weight_decay=c.weight_decay, fused=fused)
+    return torch.optim.AdamW(trained, lr=torch.tensor(c.lr, device=device) if graph else c.lr, betas=tuple(c.betas), weight_decay=c.weight_decay,
+                             fused=fused, capturable=graph)
+
 # %% ../nbs/20_training.ipynb #188888c9
 def _read_checkpoint(path: Path, device: torch.device, method: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     "What a checkpoint holds; `DataError` if it is damaged, or does not fit."
@@ -521,7 +579,7 @@ def _fits(state: dict, optimizer: torch.optim.Optimizer) -> bool:
     return same and all(value.shape in (torch.Size(), trained[i].shape) for i, values in state["state"].items() for value in values.values()
                         if isinstance(value, Tensor))
 
-# %% ../nbs/20_training.ipynb #c004ae36
+# %% ../nbs/20_training.ipynb #ed4b8c15
 @dataclass
 class Trainer:
     "A method, its optimiser, and what it is trained on."
@@ -531,13 +589,16 @@ class Trainer:
     text: dict[str, ClassEmbeddings]  # source classes by kind
     split: Split
     device: torch.device
+    graph: bool | None = None  # steps as a CUDA graph; None: on a GPU, unless the environment has XMIC_CUDA_GRAPHS=0
 
     def __post_init__(self):
         c = self.config
         self.method.to(self.device)
         self.trained = [p for p in self.method.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(self.trained, c.lr, c.momentum, weight_decay=c.weight_decay) if c.optimizer == "sgd" else \
-            torch.optim.AdamW(self.trained, lr=c.lr, betas=tuple(c.betas), weight_decay=c.weight_decay)
+        graph = self.on_device and self.device.type == "cuda" and c.optimizer == "adamw" and c.method not in PROMPTED and \
+            (os.environ.get("XMIC_CUDA_GRAPHS") != "0" if self.graph is None else self.graph)
+        self.optimizer = _optimizer(c, self.trained, self.device, graph)
+        self.device_steps = DeviceSteps(self.device_step, torch.zeros(2, device=self.device), graph)
         self.both = sum_classes(self.text)
         self.usable = np.flatnonzero(np.all([y >= 0 for y in self.split.labels.values()], axis=0))
         if len(self.usable) == 0:
@@ -589,19 +650,66 @@ class Trainer:
         self.optimizer.step()
         return loss, right
 
-    def run_epoch(self) -> dict:
-        "Trains one epoch and returns its line of the history."
-        c, begin = self.config, time.perf_counter()
+    @property
+    def on_device(self) -> bool:
+        "Whether an epoch needs nothing from the host: resident features, all classes, one process."
+        return isinstance(self.split.streams, Streams) and self.split.streams.resident and not self.config.class_subsample and \
+            not (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+    def device_step(self,
+                    given: dict[str, Tensor],  # "rows" (B, 1 + V, T) as `Streams.resident_rows` gives them, and labels (B,) by kind
+                   ) -> Tensor:  # (2,) loss and number right
+        "A step from rows on the device."
+        batch = self.split.streams.take(given["rows"], self.split.double_shift)
+        return torch.stack(self.step(batch, {k: given[k] for k in self.labels}))
+
+    def epoch_given(self,
+                    order: np.ndarray,  # (N,) segments
+                    rows: np.ndarray,  # (S, T) of all segments
+                    context_rows: np.ndarray | None,
+                   ) -> dict[str, Tensor]:  # (steps, B, ...) each, on the device
+        "What the steps of an epoch read, by full batches."
+        size = min(self.config.batch_size, len(order))
+        order = order[:len(order) - len(order) % size]
+        found = self.split.streams.resident_rows(order, rows[order], None if context_rows is None else context_rows[order])
+        index = torch.from_numpy(order).to(self.device)
+        return {k: x.unflatten(0, (-1, size)) for k, x in {"rows": found, **{k: y[index] for k, y in self.labels.items()}}.items()}
+
+    def begin_epoch(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:  # order of the segments, their rows, those of the conditioning stream
+        "Sets the learning rate of the next epoch and draws its order and rows, from the seed and its number alone."
+        c = self.config
         self.epoch += 1
         lr = epoch_rate(c, self.epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        rng, class_rng = (np.random.default_rng([c.seed, self.epoch, *more]) for more in ([], [1]))
+            group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
+        rng = np.random.default_rng([c.seed, self.epoch])
         order = rng.permutation(self.usable)
-        rows, context_rows = self.split.rows(c.frames, rng)
+        self.method.train()
+        return order, *self.split.rows(c.frames, rng)
+
+    def end_epoch(self, loss: float, right: float, steps: int, seen: int, seconds: float, data_seconds: float) -> dict:
+        "Adds an epoch's line to the history; `DataError` where the loss is not finite."
+        lr = epoch_rate(self.config, self.epoch)
+        line = dict(epoch=self.epoch, lr=lr, loss=loss / steps, train_top1=100 * right / seen, segments=seen, seconds=seconds, data_seconds=data_seconds)
+        if not np.isfinite(line["loss"]):
+            raise DataError(f"the loss of epoch {self.epoch} is {line['loss']}: lower lr ({lr:g}), or look for features that are not "
+                            f"finite with FeatureStore.verify()")
+        self.history.append(line)
+        return line
+
+    def run_epoch(self) -> dict:
+        "Trains one epoch and returns its line of the history."
+        c, begin = self.config, time.perf_counter()
+        order, rows, context_rows = self.begin_epoch()
+        if self.on_device:
+            given = self.epoch_given(order, rows, context_rows)
+            waited = time.perf_counter() - begin
+            loss, right = self.device_steps.run(given).tolist()
+            steps, seen = given["rows"].shape[0], given["rows"].shape[:2].numel()
+            return self.end_epoch(loss, right, steps, seen, time.perf_counter() - begin, waited)
+        class_rng = np.random.default_rng([c.seed, self.epoch, 1])
         loss, right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         steps = seen = 0
-        self.method.train()
         whole, own, size = deal(len(order), c.batch_size)
         wanted, cuts = (order, dict(rng=np.random.default_rng([c.seed, self.epoch, 2]), own=own)) if c.method in PIXELS else (order[own], {})
         batches = Timed(self.split.streams.batches(wanted, rows, size, context_rows, **cuts))
@@ -610,18 +718,12 @@ class Trainer:
             text, labels = self.competing(positions, class_rng)
             step_loss, step_right = self.step(batch, {k: mine(y) for k, y in labels.items()}, text, len(positions))
             loss, right, steps, seen = loss + step_loss, right + step_right, steps + 1, seen + len(positions)
-        line = dict(epoch=self.epoch, lr=lr, loss=float(loss) / steps, train_top1=100 * float(right) / seen, segments=seen,
-                    seconds=time.perf_counter() - begin, data_seconds=batches.waited)
-        if not np.isfinite(line["loss"]):
-            raise DataError(f"the loss of epoch {self.epoch} is {line['loss']}: lower lr ({lr:g}), or look for features that are not "
-                            f"finite with FeatureStore.verify()")
-        self.history.append(line)
-        return line
+        return self.end_epoch(float(loss), float(right), steps, seen, time.perf_counter() - begin, batches.waited)
 
     def save(self, path: Path, selection: "Selection | None" = None) -> None:
         "A checkpoint from which training goes on to the same weights, bit for bit."
         with whole_file(path) as part:
-            torch.save(dict(epoch=self.epoch, method=self.method.state_dict(), optimizer=self.optimizer.state_dict(),
+            torch.save(dict(epoch=self.epoch, method={k: v.clone() for k, v in self.method.state_dict().items()}, optimizer=self.optimizer.state_dict(),
                             history=self.history, best=selection and selection.best), part)
 
     def load(self, path: Path, selection: "Selection | None" = None) -> None:
@@ -630,8 +732,11 @@ class Trainer:
 
     def resume(self, state: dict, selection: "Selection | None" = None) -> None:
         "Goes on from what a checkpoint holds."
-        self.optimizer.load_state_dict(state["optimizer"])
         self.method.load_state_dict(state["method"])
+        ours = [{k: group[k] for k in ("lr", "fused", "capturable") if k in group} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, ours):
+            group.update(own)  # those of this machine, where the checkpoint is another's
         self.epoch, self.history = state["epoch"], state["history"]
         if selection:
             selection.best = state["best"]
@@ -860,9 +965,10 @@ def _evaluate_all(config: TrainConfig, folder: Path, data: RunData, tests: dict[
         segments={d: dict(segments=s.total, with_features=len(s.segments), missing=s.total - len(s.segments)) for d, s in tests.items()},
         features={d: {f"{v.folder.name} {v.manifest['fingerprint']}": v.manifest for v in s.streams.views} for d, s in tests.items()})
 
-# %% ../nbs/20_training.ipynb #377904c2
+# %% ../nbs/20_training.ipynb #ba3bc5f0
 def train(
     config: TrainConfig,
+    data: RunData | None = None,  # what it reads, where that is there already
 ) -> RunResult:
     "Trains and evaluates one run; returns at once if it is done, goes on where it was killed. Raises `DataError` on bad settings or data."
     config = resolve(config)
@@ -874,7 +980,7 @@ def train(
     begin = time.perf_counter()
     device = pick_device(config.device)
     with first_ahead():
-        data = RunData(config, device)
+        data = data or RunData(config, device)
     tests = {d: data.split(d, "test") for d in [config.dataset, *config.targets]}
     method, selected, history = data.method().to(device), None, []
     if config.method not in UNTRAINED:
