@@ -26,11 +26,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from xmic import encoders
-from xmic.encoders import (DINOV2_NAMES, ClassEmbeddings, Encoder, build_model, create_encoder, embed_classes, fast_tower, has_text, hash_weights, read_weights,
+from xmic.encoders import (DINOV2_NAMES, ClassEmbeddings, Encoder, build_model, create_encoder, embed_classes, has_text, hash_weights, read_weights,
                            set_image_size, timm_name)
 from xmic.files import DataError
 from xmic.pixels import CLIP_MEAN, CLIP_STD, Preprocess
 from xmic.text import TextTower
+from xmic.towers import fast_tower
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*RANDOM weights"),
               pytest.mark.filterwarnings("ignore:.*(deprecated|TracerWarning):"),

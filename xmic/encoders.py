@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'STORAGES', 'OPENAI_SCALARS', 'DINOV2_SIZES', 'DINOV2_NAMES', 'POSITION_INTERPOLATIONS', 'activations',
-           'hash_weights', 'fast_tower', 'FixedBatch', 'Encoder', 'ArchiveUnpickler', 'read_weights', 'load_weights',
-           'check_activation', 'fetch_weights', 'build_model', 'fill_token_table', 'timm_name', 'has_text',
-           'set_image_size', 'from_dinov2', 'ClipEncoder', 'create_encoder', 'ClassEmbeddings', 'embed_classes',
-           'embed_prompts']
+           'hash_weights', 'Encoder', 'ArchiveUnpickler', 'read_weights', 'load_weights', 'check_activation',
+           'fetch_weights', 'build_model', 'fill_token_table', 'timm_name', 'has_text', 'set_image_size', 'from_dinov2',
+           'ClipEncoder', 'create_encoder', 'ClassEmbeddings', 'embed_classes', 'embed_prompts']
 
-# %% ../nbs/08_encoders.ipynb #83ce414d
+# %% ../nbs/08_encoders.ipynb #584229a4
 import hashlib
 import json
 import logging
@@ -21,7 +20,7 @@ import zipfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from copy import copy, deepcopy
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -35,18 +34,17 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import get_session
 from open_clip.convert import convert_state_dict
-from open_clip.model import CLIP, CustomTextCLIP, convert_to_custom_text_state_dict
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
+from open_clip.model import convert_to_custom_text_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from timm.layers import PatchEmbed
-from timm.models import vision_transformer as timm_vit
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from .classes import ClassSet
 from .files import DataError, brief, check_archive, did_you_mean, project_root, read_json, whole_file
 from .lavila import LAVILA_MEAN, LAVILA_STD, SIZES, LaViLa, LaViLaConfig, check_tensors, is_plain, load_lavila, read_lavila, tokenize
 from .pixels import ALIASED, CLIP_MEAN, CLIP_STD, Preprocess
+from .towers import FixedBatch, fast_tower
 
 # %% ../nbs/08_encoders.ipynb #693d3ec6
 def activations(
@@ -86,125 +84,6 @@ def _warn_of_cut(tokenizer: Callable[[list[str]], Tensor], texts: list[str]) -> 
     if long:
         warnings.warn(f"{len(long)} of {len(texts)} texts have more than {room} tokens and are cut, "
                       f"the first: {long[0][:80]!r}", stacklevel=3)
-
-# %% ../nbs/08_encoders.ipynb #233c0cb9
-class _ClassTokenBlock(nn.Module):
-    "The last block of a vision transformer, for the class token alone: (N, L, D) -> (N, 1, D)."
-
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        self.block = block
-
-    def forward(self, x: Tensor, attn_mask: None = None) -> Tensor:
-        b = self.block
-        if isinstance(b, ResidualAttentionBlock):
-            y = b.ln_1(x)
-            first = x[:, :1] + b.ls_1(b.attn(y[:, :1], y, y, need_weights=False)[0])
-            return first + b.ls_2(b.mlp(b.ln_2(first)))
-        first = x[:, :1] + b.ls1(_attend_from_first(b.attn, b.norm1(x)))
-        return first + b.ls2(b.mlp(b.norm2(first)))
-
-
-def _attend_from_first(
-    attention: timm_vit.Attention,
-    x: Tensor,  # (N, L, D)
-) -> Tensor:  # (N, 1, D)
-    a, split = attention, attention.qkv.out_features // 3
-    weights, biases = a.qkv.weight.tensor_split([split]), (None, None) if a.qkv.bias is None else a.qkv.bias.tensor_split([split])
-    heads = lambda x, i: F.linear(x, weights[i], biases[i]).unflatten(2, (-1, a.num_heads, a.head_dim)).permute(2, 0, 3, 1, 4)
-    (q,), (k, v) = heads(x[:, :1], 0), heads(x, 1)
-    y = F.scaled_dot_product_attention(a.q_norm(q), a.k_norm(k), v).transpose(1, 2).flatten(2)
-    return a.proj(getattr(a, "norm", nn.Identity())(y))
-
-
-class _QuickGELU(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return (x * 1.702).sigmoid_().mul_(x)
-
-# %% ../nbs/08_encoders.ipynb #07756056
-def _reads_class_token(tower: nn.Module) -> bool:
-    "Whether a tower is of a kind that `fast_tower` knows, and reads its class token and nothing else."
-    if type(tower) is VisionTransformer:
-        return (tower.pool_type == "tok" and tower.attn_pool is None and not tower.output_tokens and tower.transformer.batch_first
-                and type(tower.transformer.resblocks[-1]) is ResidualAttentionBlock)
-    return (type(tower) is timm_vit.VisionTransformer and tower.global_pool == "token" and tower.attn_pool is None
-            and type(tower.patch_embed) is PatchEmbed and not tower.patch_embed.dynamic_img_pad and type(tower.blocks[-1]) is timm_vit.Block
-            and type(tower.blocks[-1].attn) is timm_vit.Attention and getattr(tower.blocks[-1].attn, "gate", None) is None)
-
-
-def _fold(
-    conv: nn.Conv2d,  # reads normalised values
-    mean: Tensor,  # (1, 3, 1, 1), of values in [0, 1]
-    std: Tensor,  # (1, 3, 1, 1)
-) -> nn.Conv2d:  # reads whole numbers from -128 to 127
-    weight, mean, std = (t.detach().double() for t in (conv.weight, mean, std))
-    bias = (weight * ((128 / 255 - mean) / std)).sum((1, 2, 3)) + (0 if conv.bias is None else conv.bias.detach().double())
-    folded = copy(conv)
-    folded._parameters = {"weight": nn.Parameter((weight / (255 * std)).to(conv.weight), False), "bias": nn.Parameter(bias.to(conv.weight), False)}
-    return folded
-
-
-def fast_tower(
-    model: nn.Module,  # a CLIP of open_clip, or a timm model
-    mean: Tensor,  # (1, 3, 1, 1), of values in [0, 1]
-    std: Tensor,  # (1, 3, 1, 1)
-    dtype: torch.dtype | None = None,  # of autocast: linear weights are cast once instead of in each pass
-) -> nn.Module | None:  # (N, 3, S, S) of pixels less 128 -> (N, D); None: no tower that this is known for
-    "An image tower with the same weights, mostly the same memory, and the same features up to rounding."
-    tower = model.visual if type(model) in (CLIP, CustomTextCLIP) else model
-    if not _reads_class_token(tower): return None
-    shared = {id(t): t for t in [*tower.parameters(), *tower.buffers()]}
-    for module in tower.modules() if dtype else ():
-        if isinstance(module, (nn.Linear, nn.MultiheadAttention)):
-            shared |= {id(p): nn.Parameter(p.detach().to(dtype), False) for p in module.parameters(recurse=False)}
-    fast = deepcopy(tower, shared)
-    blocks, place, name = (fast.transformer.resblocks, fast, "conv1") if type(fast) is VisionTransformer else (fast.blocks, fast.patch_embed, "proj")
-    setattr(place, name, _fold(getattr(place, name), mean, std))
-    blocks[-1] = _ClassTokenBlock(blocks[-1])
-    for block in fast.modules():
-        if isinstance(block, ResidualAttentionBlock) and type(block.mlp.gelu) is QuickGELU: block.mlp.gelu = _QuickGELU()
-    return fast
-
-# %% ../nbs/08_encoders.ipynb #9ea3792f
-class FixedBatch:
-    "A function of a batch of pixels, always called with as many; on CUDA recorded at the first call and replayed."
-
-    def __init__(
-        self,
-        function: Callable[[Tensor], Tensor],  # (size, ...) uint8 -> (features, D), a feature for each one or more crops
-        shape: tuple[int, ...],  # of its batch
-        device: torch.device,
-        record: bool | None = None,  # as a CUDA graph; None: on CUDA, unless XMIC_CUDA_GRAPHS is 0
-    ):
-        self.function = function
-        self.pixels = torch.full(shape, 128, dtype=torch.uint8, device=device)
-        self.graph = self.features = None
-        if record is None: record = device.type == "cuda" and os.environ.get("XMIC_CUDA_GRAPHS") != "0"
-        try:
-            if record: self._record()
-        except RuntimeError as e:
-            warnings.warn(f"no CUDA graph could be recorded ({str(e)[:200]}): encoding goes on without")
-            self.graph = None
-
-    def _record(self) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3): self.function(self.pixels)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph): self.features = self.function(self.pixels)
-
-    def __call__(
-        self,
-        pixels: Tensor,  # (n, ...) uint8, n at most the size
-    ) -> Tensor:
-        n = len(pixels)
-        self.pixels[:n].copy_(pixels, non_blocking=True)
-        self.pixels[n:] = 128
-        if self.graph: self.graph.replay()
-        else: self.features = self.function(self.pixels)
-        return self.features[:n * len(self.features) // len(self.pixels)].clone()
 
 # %% ../nbs/08_encoders.ipynb #0c75f724
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -677,7 +556,7 @@ def set_image_size(
     grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
     model.pos_embed = nn.Parameter(torch.cat([cls, grid.flatten(2).mT], 1))
 
-# %% ../nbs/08_encoders.ipynb #bf515ac9
+# %% ../nbs/08_encoders.ipynb #bbc36626
 def from_dinov2(
     model: nn.Module,  # timm's DINOv2, of the picture size that the file is for
     state: dict[str, Tensor],
@@ -690,7 +569,7 @@ def from_dinov2(
               "patch_embed.proj.weight": tuple(model.patch_embed.proj.weight.shape)}  # timm would stretch the last two without a word
     if registers: shapes["register_tokens"] = (1, registers, width)
     check_tensors({k: v for k, v in state.items() if k in shapes or k == "register_tokens"}, shapes, source)
-    return timm_vit.checkpoint_filter_fn(dict(state), model)
+    return checkpoint_filter_fn(dict(state), model)
 
 # %% ../nbs/08_encoders.ipynb #4ca2c1c3
 def _timm_model(
