@@ -436,7 +436,7 @@ def _open_view(store: FeatureStore, view: str, manifest: dict) -> None:
         raise DataError(f"{path.parent} was made with other settings ({'; '.join(f'{k}: {there.get(k)}, now {manifest[k]}' for k in other)}): "
                         f"choose another features_root, or delete that folder")
 
-# %% ../nbs/10_features.ipynb #5bc11c92
+# %% ../nbs/10_features.ipynb #6365b9bd
 def file_size(
     path: str,
 ) -> int | None:
@@ -448,7 +448,10 @@ def file_size(
 
 
 def _left_to_do(segments: pd.DataFrame, stores: list[FeatureStore], views: tuple[str, ...], report: ExtractReport) -> dict[str, list]:
-    held = [StoredView(s.root / v).place for s in stores for v in views]
+    opened = [StoredView(s.root / v) for s in stores for v in views]
+    for view in opened:
+        with suppress(DataError): view.save_index()  # so that the next start, after a kill, need not open these shards again
+    held = [view.place for view in opened]
     noted = [s.failures(v) for s in stores for v in views]
     size = cache(file_size)
     todo: dict[str, list[SimpleNamespace]] = {}

@@ -42,6 +42,7 @@ def soak(folder: Path, videos: int, rng: random.Random, seconds_between: float =
     settings = {name: [asdict(extract_config(world, folder / name, workers=workers, splits=["train"])) for workers in (0, 1)] for name in ("whole", "killed")}
     count = dict(videos=videos, segments=2 * videos, shards=2 * videos, kills=0, kills_of_workers=0, wrong=0, lost=0)
     with jobs() as job:
+        job.run("extract", settings["whole"][0], 0.0)  # the process that starts the others has imported everything then
         begin = time.perf_counter()
         assert job.run("extract", settings["whole"][0])[0] == 0
         count["undisturbed_seconds"] = round(time.perf_counter() - begin, 1)
