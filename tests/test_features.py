@@ -243,3 +243,101 @@ def test_a_video_without_a_crop_waits_its_turn(tmp_path):
     report = extract(read_csv(world), create_encoder(register_tiny(), "random", "cpu"), store, workers=0, batch_size=512, progress=False,
                      across_videos=True)
     assert (report.extracted, set(report.failed)) == (4, {"v1_0", "v1_1"}) and set(store.failures("full")) == {"v1_0", "v1_1"}
+
+
+# Damage and repair; tests/faults injects it at random
+
+@pytest.fixture
+def store(tmp_path) -> FeatureStore:
+    "Three shards of two segments."
+    write_json(tmp_path / "full" / "manifest.json", {"dim": 8})
+    for n, video in enumerate("abc"):
+        parts = [(f"{video}_{s}", torch.full((4, 8), n + s), np.arange(4)) for s in range(2)]
+        write_shard(tmp_path / "full" / f"{video}.safetensors", parts)
+    made = FeatureStore(tmp_path)
+    made.refresh()
+    return made
+
+
+def harm_one(path: Path, byte: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 1
+    path.write_bytes(content)
+
+
+def test_repair_takes_out_what_is_damaged_and_nothing_else(store):
+    folder = store.root / "full"
+    harm_one(folder / "a.safetensors", -1), (folder / "c.safetensors").write_bytes((folder / "c.safetensors").read_bytes()[:-9])
+    save_file({"weights": torch.ones(3)}, folder / "model.safetensors")
+    (folder / "d.safetensors").mkdir(), (folder / ".b.safetensors.7-0.part").touch()
+    (folder / "failures.jsonl").write_text('{"segment_id": "x", "cause": "cut short", "bytes": 3}\n{"segment')
+    done = store.repair().set_index("file").done
+    assert set(done.index) == {"a.safetensors", "c.safetensors", "model.safetensors", "d.safetensors", ".b.safetensors.7-0.part", "failures.jsonl", "index.json"}
+    assert sorted(p.name for p in (folder / "damaged").iterdir()) == ["a.safetensors", "c.safetensors", "d.safetensors", "model.safetensors"]
+    assert store.verify() == [] and list(store.view("full").place) == ["b_0", "b_1"] and set(store.failures("full")) == {"x"}
+    assert store.repair().empty
+
+
+def test_what_is_set_aside_twice_is_kept_twice(store):
+    for content in (b"one", b"two"):
+        (store.root / "full" / "a.safetensors").write_bytes(content)
+        store.repair()
+    assert [(store.root / "full" / "damaged" / name).read_bytes() for name in ("a.safetensors", "a.safetensors.1")] == [b"one", b"two"]
+
+
+def test_each_flipped_byte_is_found_or_changes_nothing(store):
+    path, whole = store.root / "full" / "b.safetensors", (store.root / "full" / "b.safetensors").read_bytes()
+    features, frames, header = (store.segment("b_1", "full").clone(), store.frames("b_1", "full").clone(), read_shard(path)[2]["segments"])
+    found = 0
+    for byte in range(len(whole)):
+        path.write_bytes(whole)
+        harm_one(path, byte)
+        try:
+            view = StoredView(store.root / "full")
+            assert all(torch.equal(a, b) for a, b in zip(view.rows("b_1"), (features, frames))) and read_shard(path)[2]["segments"] == header, byte
+        except DataError:
+            found += 1
+    assert found > 0.9 * len(whole)
+
+
+def test_segments_in_two_shards_are_refused_and_both_set_aside(store):
+    shutil.copy(store.root / "full" / "a.safetensors", store.root / "full" / "copy.safetensors")
+    with pytest.raises(DataError, match="so does a.safetensors"):
+        FeatureStore(store.root).view("full")
+    assert len(store.verify()) == 2
+    assert sorted(store.repair().file) == ["a.safetensors", "copy.safetensors", "index.json"]
+
+
+def test_an_index_that_fits_sizes_and_not_segments_is_not_believed(store):
+    index = json.loads((store.root / "full" / "index.json").read_text())
+    index["a.safetensors"]["segments"] = {"a_1": 4, "a_0": 4}
+    write_json(store.root / "full" / "index.json", index)
+    with pytest.raises(DataError, match="elsewhere than"):
+        FeatureStore(store.root).segment("a_0", "full")
+    assert list(store.repair().file) == ["index.json"] and (store.segment("a_0", "full") == 0).all()
+
+
+def test_a_file_that_is_being_written_is_no_leftover(store):
+    from xmic.files import whole_file
+    with whole_file(store.root / "full" / "d.safetensors") as part:
+        part.write_bytes(b"begun")
+        assert store.repair().empty and part.exists()
+
+
+def test_shards_from_before_there_was_a_second_checksum_are_read(store):
+    path = store.root / "full" / "a.safetensors"
+    features, frames, header = (x.clone() if isinstance(x, torch.Tensor) else x for x in read_shard(path))
+    save_file({"features": features, "frames": frames}, path, metadata={"shard": json.dumps({k: header[k] for k in ("segments", "sha256")})})
+    assert store.verify() == [] and (FeatureStore(store.root).segment("a_1", "full") == 1).all()
+
+
+def test_a_damaged_shard_is_not_added_to(world, tmp_path):
+    segments, encoder = read_csv(world), create_encoder(register_tiny(), "random", "cpu")
+    store = FeatureStore(tmp_path)
+    extract(segments[::2], encoder, store, workers=0, progress=False)
+    harm_one(next(tmp_path.rglob("v0.safetensors")), -1)
+    with pytest.raises(DataError, match="checksum.*repair"):
+        extract(segments, encoder, store, workers=0, progress=False)
+    store.repair()
+    extract(segments, encoder, store, workers=0, progress=False)
+    assert store.verify() == [] and store.missing(segments).empty

@@ -303,7 +303,7 @@ def _faults(folder: Path) -> dict[str, str]:  # file -> what is wrong with it
                     faults.setdefault(one, f"{folder / one} holds segment {segment!r}, and so does {other}: {_repair_of(path)}")
     return faults
 
-# %% ../nbs/10_features.ipynb #f0ba65bf
+# %% ../nbs/10_features.ipynb #951a3df2
 def _set_aside(path: Path) -> str:
     folder = path.parent / "damaged"
     folder.mkdir(exist_ok=True)
@@ -325,7 +325,7 @@ def _repair_view(folder: Path) -> Iterator[tuple[str, str, str]]:  # file, fault
         known = read_json(folder / "index.json")
     except DataError:
         known = None
-    if index != known:
+    if json.dumps(index) != json.dumps(known):  # the order of the segments counts
         write_json(folder / "index.json", index)
         yield "index.json", "missing or damaged" if known is None else "did not describe the shards", "written anew"
 
@@ -475,7 +475,7 @@ def _open_view(store: FeatureStore, view: str, manifest: dict) -> None:
         raise DataError(f"{path.parent} was made with other settings ({'; '.join(f'{k}: {there.get(k)}, now {manifest[k]}' for k in other)}): "
                         f"choose another features_root, or delete that folder")
 
-# %% ../nbs/10_features.ipynb #5bc11c92
+# %% ../nbs/10_features.ipynb #6365b9bd
 def file_size(
     path: str,
 ) -> int | None:
@@ -487,7 +487,10 @@ def file_size(
 
 
 def _left_to_do(segments: pd.DataFrame, stores: list[FeatureStore], views: tuple[str, ...], report: ExtractReport) -> dict[str, list]:
-    held = [StoredView(s.root / v).place for s in stores for v in views]
+    opened = [StoredView(s.root / v) for s in stores for v in views]
+    for view in opened:
+        with suppress(DataError): view.save_index()  # so that the next start, after a kill, need not open these shards again
+    held = [view.place for view in opened]
     noted = [s.failures(v) for s in stores for v in views]
     size = cache(file_size)
     todo: dict[str, list[SimpleNamespace]] = {}

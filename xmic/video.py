@@ -76,8 +76,8 @@ class VideoError(DataError):
 class WorkerKilled(VideoError):
     "A decoding worker was killed, or ran out of memory. That says little about the video, which is worth another try."
 
-# %% ../nbs/04_video.ipynb #09224a17
-_NO_MEMORY = re.compile("bad_alloc|[Cc]annot allocate memory|failed to map segment")
+# %% ../nbs/04_video.ipynb #d09f89e0
+_NO_MEMORY = re.compile("bad_alloc|[Cc]annot allocate memory|failed to map segment|Resource temporarily unavailable")
 
 
 def out_of_memory(
@@ -85,7 +85,7 @@ def out_of_memory(
 ) -> bool:
     "Whether an error comes from want of memory, which each library says in its own way."
     while error is not None:
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or _NO_MEMORY.search(str(error)):
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.ENOMEM, errno.EAGAIN) or _NO_MEMORY.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -599,7 +599,7 @@ class _Worker:
         self.pipe.close()
         self.number = None
 
-# %% ../nbs/04_video.ipynb #a9a82aaf
+# %% ../nbs/04_video.ipynb #144f4f2e
 class DecodePool:
     "Worker processes for generator functions that decode. Used in a `with` statement, which ends them."
 
@@ -652,7 +652,7 @@ class DecodePool:
 
     def _begin(self, queue: Iterator[tuple[int, Any]], function: Callable) -> list[_Worker]:
         "Gives every free worker a task, as far as there are tasks; gives all that have one."
-        self._running = [w for w in self._running if w.process.is_alive()]
+        self._running = [w for w in self._running if w.number is not None or w.process.is_alive()]  # a dead one's task is still to be reported
         while (free := [w for w in self._running if w.number is None]) or len(self._running) < self.workers:
             number, task = next(queue, (None, None))
             if number is None:

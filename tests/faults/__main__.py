@@ -25,12 +25,13 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=f"some of: {', '.join(CASES)}")
     parser.add_argument("--soak", type=int, metavar="VIDEOS", help="instead: extract so many videos in a loop of kills")
+    parser.add_argument("--folder", type=Path, help="where to work; default: the folder for temporary files")
     parser.add_argument("--out", type=Path, default=ROOT / "reports/bench/faults.json", help="where the counts are written, beside those that are there")
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*RANDOM weights")
     report = read_json(given.out) if given.out.exists() else {}
-    with tempfile.TemporaryDirectory(prefix="xmic-faults-") as folder:
+    with tempfile.TemporaryDirectory(prefix="xmic-faults-", dir=given.folder) as folder:
         folder, begin = Path(folder), time.perf_counter()
         if given.soak:
             count = soak(folder, given.soak, random.Random(given.seed))

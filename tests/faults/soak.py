@@ -1,5 +1,6 @@
 """A long extraction in a loop of kills, and not a byte of difference in the end."""
 import csv
+import json
 import os
 import random
 import signal
@@ -36,19 +37,21 @@ def write_soak_world(root: Path, videos: int) -> Path:
     return root
 
 
-def soak(folder: Path, videos: int, rng: random.Random, seconds_between: float = 2.0) -> dict:
+def soak(folder: Path, videos: int, rng: random.Random, seconds_between: float = 0.6) -> dict:  # seconds of processor time, which other work does not stretch
     "Extracts the videos undisturbed, and once more with kills; counts kills, and shards that were wrong, lost or different."
     world = write_soak_world(folder / "world", videos)
     settings = {name: [asdict(extract_config(world, folder / name, workers=workers, splits=["train"])) for workers in (0, 1)] for name in ("whole", "killed")}
     count = dict(videos=videos, segments=2 * videos, shards=2 * videos, kills=0, kills_of_workers=0, wrong=0, lost=0)
     with jobs() as job:
+        job.run("extract", settings["whole"][0], 0.0)  # the process that starts the others has imported everything then
         begin = time.perf_counter()
         assert job.run("extract", settings["whole"][0])[0] == 0
         count["undisturbed_seconds"] = round(time.perf_counter() - begin, 1)
         whole, held, begin = _stamps(folder / "whole"), {}, time.perf_counter()
         while True:
-            workers = rng.randrange(2)
-            code = _killed(job, settings["killed"][workers], rng.uniform(0.05, 2 * seconds_between), workers and rng.random() < 0.5, count)
+            workers = int(rng.random() < 0.3)
+            after = rng.uniform(0, 2 * seconds_between) + workers * rng.uniform(0, 3)  # a worker takes its time to start
+            code = _killed(job, settings["killed"][workers], after, workers and rng.random() < 0.5, count)
             there = _stamps(folder / "killed")
             count["lost"] += sum(name not in there for name in held)
             count["wrong"] += sum((folder / "killed" / name).read_bytes() != (folder / "whole" / name).read_bytes()
@@ -70,21 +73,32 @@ def _stamps(features: Path) -> dict[str, tuple]:
 
 def _killed(job, settings: dict, after: float, worker_instead: bool, count: dict) -> int:  # exit code
     "Runs an extraction and kills it; or its decoding worker, once or more, and lets it go on to its end or to a kill some time later."
-    import json
     print(json.dumps(["extract", settings]), file=job.zygote.stdin, flush=True)
     child = int(job.zygote.stdout.readline())
-    time.sleep(after)
+    _spend(child, after)
     if worker_instead:
         for process in _decoders(child):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
                 count["kills_of_workers"] += 1
-        time.sleep(after)
+        _spend(child, after)
     with suppress(ProcessLookupError): os.kill(child, signal.SIGKILL)
     while not (line := job.zygote.stdout.readline()).startswith("exit"): assert line == "end\n", line
     code = int(line.split()[1])
     count["kills"] += code == -signal.SIGKILL
     return code
+
+
+def _spend(child: int, seconds: float) -> None:
+    "Waits until a process and its children have spent so much more processor time, or are over."
+    def spent() -> float:
+        process = psutil.Process(child)
+        if process.status() == psutil.STATUS_ZOMBIE: raise psutil.NoSuchProcess(child)
+        return sum(sum(p.cpu_times()[:2]) for p in [process, *process.children()])
+
+    with suppress(psutil.NoSuchProcess):
+        begin, until = spent(), time.monotonic() + 30
+        while spent() < begin + seconds and time.monotonic() < until: time.sleep(0.01)
 
 
 def _decoders(parent: int) -> list[psutil.Process]:
