@@ -8,7 +8,7 @@ __all__ = ['PRECISIONS', 'STORAGES', 'OPENAI_SCALARS', 'DINOV2_SIZES', 'DINOV2_N
            'fetch_weights', 'build_model', 'fill_token_table', 'timm_name', 'has_text', 'set_image_size', 'from_dinov2',
            'ClipEncoder', 'create_encoder', 'ClassEmbeddings', 'embed_classes', 'embed_prompts']
 
-# %% ../nbs/08_encoders.ipynb #8bbef805
+# %% ../nbs/08_encoders.ipynb #ce7efa62
 import hashlib
 import json
 import logging
@@ -41,7 +41,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from .classes import ClassSet
-from .files import DataError, brief, check_pickle, did_you_mean, project_root, read_json, whole_file
+from .files import DataError, brief, check_archive, did_you_mean, project_root, read_json, whole_file
 from .lavila import LAVILA_MEAN, LAVILA_STD, SIZES, LaViLa, LaViLaConfig, is_plain, load_lavila, read_lavila, tokenize
 from .pixels import ALIASED, CLIP_MEAN, CLIP_STD, Preprocess
 
