@@ -189,3 +189,155 @@ def test_killed_at_ten_random_moments_extraction_ends_in_the_same_bytes(tmp_path
 
     assert kill_and_resume("extract", settings["whole"], settings["killed"], after_each=nothing_wrong_is_stored) >= 5
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+
+def both_ways(world: Path, tmp_path: Path, monkeypatch, **more) -> tuple[list[int], list[int]]:
+    "Extracts with batches that end with their video, and with batches of one size; gives the sizes of the passes of each."
+    segments, boxes = read_csv(world), hand_boxes(config(world, tmp_path))
+    encoder, sizes = create_encoder(register_tiny(), "random", "cpu"), ([], [])
+    encode = type(encoder).encode_pixels
+    for across, seen in enumerate(sizes):
+        monkeypatch.setattr(type(encoder), "encode_pixels", lambda self, pixels, **k: seen.append(len(pixels)) or encode(self, pixels, **k))
+        extract(segments, encoder, FeatureStore(tmp_path / str(across)), ("full", "hand"), boxes, workers=0, batch_size=64, progress=False,
+                across_videos=bool(across), **more)
+    return sizes
+
+
+def test_batches_filled_across_videos_hold_the_same_features(world, tmp_path, monkeypatch):
+    own, across = both_ways(world, tmp_path, monkeypatch)
+    assert len(set(across)) == 1 and across[0] == 64 and len(across) == -(-sum(own) // 64) < len(own)
+    stores = [FeatureStore(tmp_path / str(i)) for i in range(2)]
+    assert not stores[1].verify() and stores[1].missing(read_csv(world)).empty
+    for view in ("full", "hand"):
+        assert stores[0].view(view).place == stores[1].view(view).place
+        for segment in read_csv(world).segment_id:
+            torch.testing.assert_close(stores[1].segment(segment, view), stores[0].segment(segment, view), rtol=2e-3, atol=2e-3)
+            assert torch.equal(stores[1].frames(segment, view), stores[0].frames(segment, view))
+
+
+def test_a_kill_loses_no_more_than_the_batches_that_were_under_way(world, tmp_path, monkeypatch):
+    encoder, segments = create_encoder(register_tiny(), "random", "cpu"), read_csv(world)
+    calls, encode = [], type(encoder).encode_batch
+
+    def breaks(self, pixels, size, record=None):
+        calls.append(len(pixels))
+        if len(calls) == 3: raise KeyboardInterrupt
+        return encode(self, pixels, size, record)
+    monkeypatch.setattr(type(encoder), "encode_batch", breaks)
+    settings = dict(view="full", workers=0, batch_size=64, progress=False, across_videos=True)
+    with pytest.raises(KeyboardInterrupt): extract(segments, encoder, FeatureStore(tmp_path), **settings)
+    store = FeatureStore(tmp_path)
+    written = set(store.view("full").place)
+    assert written == {"v0_0", "v0_1", "v1_0", "v1_1"} and store.verify() == []  # 128 of 200 crops, 50 a video
+    report = extract(segments, encoder, FeatureStore(tmp_path), **settings)
+    assert (report.present, report.extracted) == (4, 4) and FeatureStore(tmp_path).missing(segments).empty
+
+
+def test_a_video_without_a_crop_waits_its_turn(tmp_path):
+    register_tiny()
+    world = write_world(tmp_path / "world", videos=3, frames=60)
+    (world / "videos" / "v1.mp4").write_bytes(bytes(9000))
+    store = FeatureStore(tmp_path / "store")
+    report = extract(read_csv(world), create_encoder(register_tiny(), "random", "cpu"), store, workers=0, batch_size=512, progress=False,
+                     across_videos=True)
+    assert (report.extracted, set(report.failed)) == (4, {"v1_0", "v1_1"}) and set(store.failures("full")) == {"v1_0", "v1_1"}
+
+
+# Damage and repair; tests/faults injects it at random
+
+@pytest.fixture
+def store(tmp_path) -> FeatureStore:
+    "Three shards of two segments."
+    write_json(tmp_path / "full" / "manifest.json", {"dim": 8})
+    for n, video in enumerate("abc"):
+        parts = [(f"{video}_{s}", torch.full((4, 8), n + s), np.arange(4)) for s in range(2)]
+        write_shard(tmp_path / "full" / f"{video}.safetensors", parts)
+    made = FeatureStore(tmp_path)
+    made.refresh()
+    return made
+
+
+def harm_one(path: Path, byte: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 1
+    path.write_bytes(content)
+
+
+def test_repair_takes_out_what_is_damaged_and_nothing_else(store):
+    folder = store.root / "full"
+    harm_one(folder / "a.safetensors", -1), (folder / "c.safetensors").write_bytes((folder / "c.safetensors").read_bytes()[:-9])
+    save_file({"weights": torch.ones(3)}, folder / "model.safetensors")
+    (folder / "d.safetensors").mkdir(), (folder / ".b.safetensors.7-0.part").touch()
+    (folder / "failures.jsonl").write_text('{"segment_id": "x", "cause": "cut short", "bytes": 3}\n{"segment')
+    done = store.repair().set_index("file").done
+    assert set(done.index) == {"a.safetensors", "c.safetensors", "model.safetensors", "d.safetensors", ".b.safetensors.7-0.part", "failures.jsonl", "index.json"}
+    assert sorted(p.name for p in (folder / "damaged").iterdir()) == ["a.safetensors", "c.safetensors", "d.safetensors", "model.safetensors"]
+    assert store.verify() == [] and list(store.view("full").place) == ["b_0", "b_1"] and set(store.failures("full")) == {"x"}
+    assert store.repair().empty
+
+
+def test_what_is_set_aside_twice_is_kept_twice(store):
+    for content in (b"one", b"two"):
+        (store.root / "full" / "a.safetensors").write_bytes(content)
+        store.repair()
+    assert [(store.root / "full" / "damaged" / name).read_bytes() for name in ("a.safetensors", "a.safetensors.1")] == [b"one", b"two"]
+
+
+def test_each_flipped_byte_is_found_or_changes_nothing(store):
+    path, whole = store.root / "full" / "b.safetensors", (store.root / "full" / "b.safetensors").read_bytes()
+    features, frames, header = (store.segment("b_1", "full").clone(), store.frames("b_1", "full").clone(), read_shard(path)[2]["segments"])
+    found = 0
+    for byte in range(len(whole)):
+        path.write_bytes(whole)
+        harm_one(path, byte)
+        try:
+            view = StoredView(store.root / "full")
+            assert all(torch.equal(a, b) for a, b in zip(view.rows("b_1"), (features, frames))) and read_shard(path)[2]["segments"] == header, byte
+        except DataError:
+            found += 1
+    assert found > 0.9 * len(whole)
+
+
+def test_segments_in_two_shards_are_refused_and_both_set_aside(store):
+    shutil.copy(store.root / "full" / "a.safetensors", store.root / "full" / "copy.safetensors")
+    with pytest.raises(DataError, match="so does a.safetensors"):
+        FeatureStore(store.root).view("full")
+    assert len(store.verify()) == 2
+    assert sorted(store.repair().file) == ["a.safetensors", "copy.safetensors", "index.json"]
+
+
+def test_an_index_that_fits_sizes_and_not_segments_is_not_believed(store):
+    index = json.loads((store.root / "full" / "index.json").read_text())
+    index["a.safetensors"]["segments"] = {"a_1": 4, "a_0": 4}
+    write_json(store.root / "full" / "index.json", index)
+    with pytest.raises(DataError, match="elsewhere than"):
+        FeatureStore(store.root).segment("a_0", "full")
+    assert list(store.repair().file) == ["index.json"] and (store.segment("a_0", "full") == 0).all()
+
+
+def test_a_file_that_is_being_written_is_no_leftover(store):
+    from xmic.files import whole_file
+    with whole_file(store.root / "full" / "d.safetensors") as part:
+        part.write_bytes(b"begun")
+        assert store.repair().empty and part.exists()
+
+
+def test_shards_from_before_there_was_a_second_checksum_are_read(store):
+    path = store.root / "full" / "a.safetensors"
+    features, frames, header = (x.clone() if isinstance(x, torch.Tensor) else x for x in read_shard(path))
+    save_file({"features": features, "frames": frames}, path, metadata={"shard": json.dumps({k: header[k] for k in ("segments", "sha256")})})
+    assert store.verify() == [] and (FeatureStore(store.root).segment("a_1", "full") == 1).all()
+
+
+def test_a_damaged_shard_is_not_added_to(world, tmp_path):
+    segments, encoder = read_csv(world), create_encoder(register_tiny(), "random", "cpu")
+    store = FeatureStore(tmp_path)
+    extract(segments[::2], encoder, store, workers=0, progress=False)
+    harm_one(next(tmp_path.rglob("v0.safetensors")), -1)
+    with pytest.raises(DataError, match="checksum.*repair"):
+        extract(segments, encoder, store, workers=0, progress=False)
+    store.repair()
+    extract(segments, encoder, store, workers=0, progress=False)
+    assert store.verify() == [] and store.missing(segments).empty

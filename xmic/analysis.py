@@ -367,27 +367,27 @@ def _verdict(value: float, draws: np.ndarray, count: int) -> dict:
     low, high = (float(bound) for bound in np.quantile(draws, [0.025, 0.975]))
     return dict(difference=value, low=low, high=high, count=count, verdict="higher" if low > 0 else "lower" if high < 0 else "not told apart")
 
-# %% ../nbs/21_analysis.ipynb #4a975386
+# %% ../nbs/21_analysis.ipynb #7f87ecf4
 def neighbours(
-    cells: pd.DataFrame,  # source, method, variant, kind, column, dataset, measure, runs: as `experiments.cells` gives them
+    cells: pd.DataFrame,  # table, source, method, variant, kind, column, dataset, measure, runs: of one table or several, see `experiments.cells`
     runs_root: str | Path,
     against: str | None = None,  # the row that all others are compared with, for example "ZS CLIP"; None: the row before
     resamples: int = 2000,
     seed: int = 0,  # of the bootstrap
-) -> pd.DataFrame:  # source, kind, column, row, other, difference, low, high, count, verdict
-    "Each row minus the row before it, or minus one row, with a 95 % interval; the verdict is \"higher\", \"lower\", \"not told apart\" or \"no run\"."
+) -> pd.DataFrame:  # table, source, kind, column, row, other, difference, low, high, count, verdict
+    "Each row of a table minus the row before it, or minus one row, with a 95 % interval; the verdict is \"higher\", \"lower\", \"not told apart\" or \"no run\"."
     root = from_root(runs_root)
     there = {name: predictions(root / name) for name in dict.fromkeys(n for names in cells["runs"] for n in names) if (root / name / "metrics.json").exists()}
     rows = []
-    for (source, kind, column), part in cells.groupby(["source", "kind", "column"], sort=False):
+    for key, part in cells.groupby(by := ["table", "source", "kind", "column"], sort=False):
         own = [(f"{cell.method} {cell.variant}".strip(), [n for n in cell.runs if n in there]) for cell in part.itertuples()]
         places = _places(part["dataset"].iloc[0], part["measure"].iloc[0])
         if against and against not in dict(own):
             raise DataError(f"there is no row {against!r} to compare with{did_you_mean(against, dict(own))}")
         pairs = zip(own, own[1:]) if against is None else [((against, dict(own)[against]), each) for each in own if each[0] != against]
         for (other, before), (row, after) in pairs:
-            about = dict(source=source, kind=kind, column=column, row=row, other=other)
-            sides = [_rights(there, [*after, *before], kind, *place) for place in places] if before and after else []
+            about = dict(zip(by, key), row=row, other=other)
+            sides = [_rights(there, [*after, *before], about["kind"], *place) for place in places] if before and after else []
             rows.append(about | (_compare(sides, len(after), resamples, seed) if sides and all(map(len, sides)) else
                                  dict(difference=np.nan, low=np.nan, high=np.nan, count=0, verdict="no run")))
     return pd.DataFrame(rows)
@@ -418,7 +418,7 @@ def _compare(sides: list[np.ndarray], first: int, resamples: int, seed: int) -> 
     "`difference` of the first runs and the others, of one accuracy or of the harmonic mean of two."
     rng = np.random.default_rng(seed)
     drawn, found = [paired_draws(side, rng, resamples) for side in sides], [100 * side.mean(0, keepdims=True) for side in sides]
-    both = lambda values: values[0] if len(values) == 1 else np.vectorize(harmonic_mean)(*values)
+    both = lambda values: values[0] if len(values) == 1 else harmonic_mean(*values)
     apart = lambda values: values[:, :first].mean(1) - values[:, first:].mean(1)
     return _verdict(float(apart(both(found))[0]), apart(both(drawn)), sum(map(len, sides)))
 

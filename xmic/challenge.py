@@ -6,9 +6,10 @@
 __all__ = ['ACTIONS', 'LEVELS', 'Scores', 'scores_of_run', 'join_scores', 'top_actions', 'write_submission', 'Submission',
            'read_submission', 'challenge_measures', 'score_submission', 'validation_truth', 'submission_of_runs']
 
-# %% ../nbs/22_challenge.ipynb #4a522cf0
+# %% ../nbs/22_challenge.ipynb #e709b1d3
 import json
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +19,11 @@ from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile, ZipInfo
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file
 
 from .evaluation import accuracy, split_logits, sum_classes
-from .files import DataError, from_root, whole_file
-from .segments import read_classes, read_epic, read_epic_tail, read_epic_unseen
-from .training import PIXELS, RunData, RunResult, pick_device
+from .files import DataError, brief, from_root, parse_json, whole_file
+from .segments import read_classes, read_epic, read_epic_tail, read_epic_unseen, read_segments
+from .training import RunResult, dataset_root, pick_device, restore, test_batches
 
 # %% ../nbs/22_challenge.ipynb #6bbadac7
 @dataclass
@@ -52,13 +52,14 @@ class Scores:
         rows = [place[name] for name in segment_ids]
         return Scores(list(segment_ids), {kind: values[rows] for kind, values in self.scores.items()})
 
-# %% ../nbs/22_challenge.ipynb #7c181be5
+# %% ../nbs/22_challenge.ipynb #f91867a8
 def scores_of_run(
     folder: str | Path,  # of a finished run
     dataset: str | None = None,  # the source, or a target of the run; None: the source
     device: str | None = "cpu",  # None: a GPU where there is one
+    split: str = "test",  # or "challenge": EPIC-KITCHENS' list without labels
 ) -> Scores:  # float32 logits, of the kinds that the run is for
-    "Logits of the test segments that have features. Raises `DataError` if the run is not finished or its data are not there."
+    "Logits of the segments that have features. Raises `DataError` if the run is not finished or its data are not there."
     if not (from_root(folder) / "metrics.json").exists():
         raise DataError(f"{folder} is not the folder of a finished run: it must hold metrics.json")
     run = RunResult.read(from_root(folder))
@@ -66,16 +67,11 @@ def scores_of_run(
     if dataset not in (c.dataset, *c.targets):
         raise DataError(f"{folder} knows nothing of {dataset!r}; it was evaluated on {', '.join([c.dataset, *c.targets])}")
     c = replace(c, targets=[] if dataset == c.dataset else [dataset])
-    data = RunData(c, pick_device(device))
-    method = data.method()
-    method.load_state_dict(load_file(run.folder / "model.safetensors"))
-    method.to(data.device).eval()
-    split, text = data.split(dataset, "test"), data.text[dataset]
-    rows, context_rows = split.rows(c.frames)
-    batches = split.streams.batches(np.arange(len(split.segments)), rows, c.batch_size if c.method in PIXELS else 256, context_rows)
+    data, method = restore(replace(run, config=c), pick_device(device))
+    asked, text = data.split(dataset, split), data.text[dataset]
     with torch.inference_mode():
-        parts = [split_logits(method(batch, sum_classes(text)).float().cpu(), text) for _, batch in batches]
-    return Scores(split.segments.segment_id.tolist(), {kind: torch.cat([part[kind] for part in parts]).numpy() for kind in text})
+        parts = [split_logits(method(batch, sum_classes(text)).float().cpu(), text) for _, batch in test_batches(asked, c)]
+    return Scores(asked.segments.segment_id.tolist(), {kind: torch.cat([part[kind] for part in parts]).numpy() for kind in text})
 
 
 def join_scores(
@@ -117,7 +113,7 @@ def _best(scores: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     found = np.exp(found - found[:, :1])
     return best, found / found.sum(1, keepdims=True)
 
-# %% ../nbs/22_challenge.ipynb #ef14ffd2
+# %% ../nbs/22_challenge.ipynb #93dfddcb
 LEVELS = ("sls_pt", "sls_tl", "sls_td")
 
 
@@ -136,7 +132,7 @@ def write_submission(
         raise DataError(f"supervision={supervision!r}: {faults[0]}")
     path, head = from_root(path), dict(version="0.2", challenge="action_recognition", **dict(zip(LEVELS, supervision)))
     forms = {kind: "{" + ", ".join(f'"{label}": %.9g' for label in range(values.shape[1])) + "}" for kind, values in scores.scores.items()}
-    pairs, chance = top_actions(scores.scores["verb"], scores.scores["noun"])
+    pairs, chance = top_actions(scores.scores["verb"], scores.scores["noun"]) if actions else (None, None)
     with whole_file(path) as part, ZipFile(part, "w") as archive:
         entry = ZipInfo("test.json")  # without a date: the same scores make the same file
         entry.compress_type = ZIP_DEFLATED
@@ -153,10 +149,10 @@ def write_submission(
 
 
 def _levels(head: dict[str, Any]) -> list[str]:
-    return [f"{name} must be a whole number from 0 to 5, not {head.get(name)!r}" for name in LEVELS
+    return [f"{name} must be a whole number from 0 to 5, not {brief(repr(head.get(name)))}" for name in LEVELS
             if type(head.get(name)) is not int or not 0 <= head[name] <= 5]
 
-# %% ../nbs/22_challenge.ipynb #d06c8fbb
+# %% ../nbs/22_challenge.ipynb #2f842849
 @dataclass
 class Submission:
     "A submission as it was read."
@@ -175,10 +171,9 @@ def read_submission(
 ) -> Submission:  # segments in the order asked for; actions are computed where the file has none
     "Reads a submission. Raises one `DataError` for whatever is wrong with it."
     path = from_root(path)
-    content = _content(path)
-    faults = _head(content)
-    results = content.get("results") if isinstance(content, dict) else None
-    if faults:
+    content = _content(path, room=1_000_000 + len(segment_ids) * (100 * (verbs + nouns + ACTIONS) + 1000))
+    results = content.get("results")
+    if faults := _head(content):
         raise DataError(f"{path}: no submission to the action recognition challenge:\n  " + "\n  ".join(faults))
     wanted = set(segment_ids)
     missing, unknown = [s for s in segment_ids if s not in results], [s for s in results if s not in wanted]
@@ -199,33 +194,31 @@ def read_submission(
     return Submission(scores, tuple(content[level] for level in LEVELS), pairs, chance)
 
 
-def _content(path: Path) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise DataError(f"{path}: {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one place")
-        return found
-
+def _content(
+    path: Path,
+    room: int,  # bytes that no honest test.json exceeds
+) -> dict:
     try:
         if path.suffix == ".zip":
             with ZipFile(path) as archive:
-                text = archive.read("test.json")
+                size = archive.getinfo("test.json").file_size
+                text = archive.read("test.json") if size <= room else b""
         else:
-            text = path.read_bytes()
-        return json.loads(text, object_pairs_hook=once)
+            size = path.stat().st_size
+            text = path.read_bytes() if size <= room else b""
     except KeyError:
         raise DataError(f"{path}: no test.json in it") from None
-    except (OSError, BadZipFile, EOFError, UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (OSError, BadZipFile, EOFError, RuntimeError, ValueError, zlib.error) as e:
         raise DataError(f"{path}: cannot be read ({e}); it may be cut short or damaged") from None
+    if size > room:
+        raise DataError(f"{path}: test.json has {size:,} bytes, and one for these segments has less than {room:,}; it is another file, or made to fill the memory")
+    return parse_json(text, path, dict)
 
 
-def _head(content: Any) -> list[str]:
+def _head(content: dict) -> list[str]:
     "What is wrong around the results."
-    if not isinstance(content, dict):
-        return ["it must be an object"]
     wanted = dict(version="0.2", challenge="action_recognition")
-    faults = [f"{name} must be {value!r}, not {content.get(name)!r}" for name, value in wanted.items() if content.get(name) != value]
+    faults = [f"{name} must be {value!r}, not {brief(repr(content.get(name)))}" for name, value in wanted.items() if content.get(name) != value]
     return faults + _levels(content) + (["results must be an object with an entry for each segment"] if not isinstance(content.get("results"), dict) else [])
 
 
@@ -257,13 +250,13 @@ def _entry(name: str, entry: Any, sizes: dict[str, int], with_actions: bool) -> 
 
 
 def _numbers(name: str, kind: str, values: dict) -> list[str]:
-    odd = [f"{name}: {kind} {key!r} has the score {value!r}" for key, value in values.items() if type(value) not in (int, float) or not abs(value) < 1e300]
+    odd = [f"{name}: {kind} {key!r} has the score {brief(repr(value))}" for key, value in values.items() if type(value) not in (int, float) or not abs(value) < 1e300]
     return odd[:1]
 
 
 def _is_action(key: str, sizes: dict[str, int]) -> bool:
     parts = key.split(",")
-    return len(parts) == 2 and all(part.isdecimal() and str(int(part)) == part and int(part) < size for part, size in zip(parts, sizes.values()))
+    return len(parts) == 2 and all(part.isdecimal() and len(part) < 9 and str(int(part)) == part and int(part) < size for part, size in zip(parts, sizes.values()))
 
 # %% ../nbs/22_challenge.ipynb #bbd58447
 def challenge_measures(
@@ -317,15 +310,17 @@ def validation_truth(
     return pd.DataFrame(dict(segment_id=segments["segment_id"], **labels, unseen=segments["video_id"].str.split("_").str[0].isin(unseen),
                              **{f"tail_{kind}": np.isin(labels[kind], tail) for kind, tail in tails.items()}))
 
-# %% ../nbs/22_challenge.ipynb #a31045e9
+# %% ../nbs/22_challenge.ipynb #f7526564
 def submission_of_runs(
     path: str | Path,  # of the ZIP
     noun: str | Path,  # folder of a finished run that was evaluated on EPIC
     verb: str | Path,  # of another, or the same one if it is for both
     supervision: tuple[int, int, int],  # as in `write_submission`
     device: str | None = "cpu",
+    split: str = "test",  # "test": the validation list, which `score_submission` can score; "challenge": the list that the challenge scores
 ) -> Path:
-    "From two finished runs to a submission for the validation list. Raises `DataError` if a segment has no features."
-    own = scores_of_run(noun, "epic", device)
-    same = from_root(noun) == from_root(verb)
-    return write_submission(path, join_scores(own, own if same else scores_of_run(verb, "epic", device)), supervision)
+    "From two finished runs to a submission. Raises `DataError` if a segment has no features."
+    own = scores_of_run(noun, "epic", device, split)
+    scores = join_scores(own, own if from_root(noun) == from_root(verb) else scores_of_run(verb, "epic", device, split))
+    root = dataset_root(RunResult.read(from_root(noun)).config, "epic")
+    return write_submission(path, scores.of(read_segments("epic", root, split).segment_id.tolist()), supervision)

@@ -6,7 +6,7 @@
 __all__ = ['READ_AT_ONCE', 'TEST_FRAMES', 'frame_at', 'wanted_frames', 'ClipTask', 'Pixels', 'Clip', 'Failed', 'overlapping',
            'clip_pixels']
 
-# %% ../nbs/09_clips.ipynb #86e14729
+# %% ../nbs/09_clips.ipynb #5efd7ef2
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Iterator
@@ -16,7 +16,7 @@ import numpy as np
 from .files import DataError
 from .hands import HandBoxes
 from .pixels import Preprocess
-from .video import VideoError, VideoInfo, frame_indices, frame_times, iter_frames, probe
+from .video import VideoError, VideoInfo, frame_indices, frame_times, iter_frames, out_of_memory, probe
 
 # %% ../nbs/09_clips.ipynb #9c8dbc4d
 def frame_at(
@@ -177,18 +177,20 @@ def _read_group(task: ClipTask, path: str, info: VideoInfo, group: list, sent: d
         n = task.clip_frames
         yield Clip(segment.segment_id, frames[::n], {view: crops[::n] // n for view, crops in own.items()})
 
-# %% ../nbs/09_clips.ipynb #008a70f6
+# %% ../nbs/09_clips.ipynb #a4f5e6a2
 def _try_group(task: ClipTask, path: str, info: VideoInfo, group: list, sent: dict[str, int]) -> Iterator[Pixels | Clip | Failed]:
     try:
         yield from _read_group(task, path, info, group, sent)
     except DataError as e:
+        if out_of_memory(e):  # no fault of the video's
+            raise
         if len(group) == 1:
             yield Failed(group[0][0].segment_id, str(e))
             return
         for one in group:
             yield from _try_group(task, path, info, [one], sent)
 
-# %% ../nbs/09_clips.ipynb #e8c15405
+# %% ../nbs/09_clips.ipynb #acf84a39
 def clip_pixels(
     task: ClipTask,
 ) -> Iterator[Pixels | Clip | Failed]:
@@ -202,6 +204,8 @@ def clip_pixels(
             info, wanted = probe(path, task.backend), []
             times = None if info.folder else frame_times(path, task.backend)
         except VideoError as e:
+            if out_of_memory(e):
+                raise
             yield from (Failed(s.segment_id, str(e)) for s in segments)
             continue
         for segment in segments:

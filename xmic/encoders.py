@@ -8,7 +8,7 @@ __all__ = ['PRECISIONS', 'STORAGES', 'OPENAI_SCALARS', 'DINOV2_SIZES', 'DINOV2_N
            'fetch_weights', 'build_model', 'fill_token_table', 'timm_name', 'has_text', 'set_image_size', 'from_dinov2',
            'ClipEncoder', 'create_encoder', 'ClassEmbeddings', 'embed_classes', 'embed_prompts']
 
-# %% ../nbs/08_encoders.ipynb #f5997871
+# %% ../nbs/08_encoders.ipynb #584229a4
 import hashlib
 import json
 import logging
@@ -41,9 +41,10 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from .classes import ClassSet
-from .files import DataError, did_you_mean, project_root, read_json, whole_file
-from .lavila import LAVILA_MEAN, LAVILA_STD, SIZES, LaViLa, LaViLaConfig, load_lavila, read_lavila, tokenize
+from .files import DataError, brief, check_archive, did_you_mean, project_root, read_json, whole_file
+from .lavila import LAVILA_MEAN, LAVILA_STD, SIZES, LaViLa, LaViLaConfig, check_tensors, is_plain, load_lavila, read_lavila, tokenize
 from .pixels import ALIASED, CLIP_MEAN, CLIP_STD, Preprocess
+from .towers import FixedBatch, fast_tower
 
 # %% ../nbs/08_encoders.ipynb #693d3ec6
 def activations(
@@ -84,7 +85,7 @@ def _warn_of_cut(tokenizer: Callable[[list[str]], Tensor], texts: list[str]) -> 
         warnings.warn(f"{len(long)} of {len(texts)} texts have more than {room} tokens and are cut, "
                       f"the first: {long[0][:80]!r}", stacklevel=3)
 
-# %% ../nbs/08_encoders.ipynb #a29e3826
+# %% ../nbs/08_encoders.ipynb #0c75f724
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -117,6 +118,8 @@ class Encoder(nn.Module):
         self.activation = activations(model)
         self.weights_sha256 = hash_weights(model)
         self.config = config
+        self._made: dict[tuple, nn.Module | None] = {}  # the fast tower, by device and precision
+        self._passes: dict[tuple, FixedBatch] = {}
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(getattr(preprocess, key)).view(1, 3, 1, 1), persistent=False)
         self.to(device)
@@ -139,6 +142,9 @@ class Encoder(nn.Module):
         other.preprocess = replace(self.preprocess, resize=self.trained_resize if resize == "as trained" else resize)
         return other
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | dict(_made={}, _passes={})
+
     def train(self, mode: bool = True) -> "Encoder":
         "Stays in evaluation mode."
         return super().train(False)
@@ -148,27 +154,66 @@ class Encoder(nn.Module):
         pixels: np.ndarray | Tensor,  # (N, S, S, 3) uint8
     ) -> Tensor:
         "What the image tower reads: (N, 3, S, S) float32 on the encoder's device."
+        x = self._on_device(self._checked(pixels)).float() / 255
+        return (x - self.mean) / self.std
+
+    def _checked(self, pixels: np.ndarray | Tensor) -> Tensor:  # (N, S, S, 3) uint8
         if isinstance(pixels, np.ndarray):
             pixels = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
         side = self.preprocess.size
         if pixels.dtype != torch.uint8 or pixels.shape[1:] != (side, side, 3):
             raise DataError(f"{self.name} reads uint8 pixels of shape (N, {side}, {side}, 3), not {pixels.dtype} "
                             f"{tuple(pixels.shape)}; frames of other sizes go through encode_frames")
-        x = pixels.to(self.device).permute(0, 3, 1, 2).float() / 255
-        return (x - self.mean) / self.std
+        return pixels
+
+    def _on_device(self, pixels: Tensor) -> Tensor:  # (N, 3, S, S) uint8
+        if self.device.type == "cuda" and not pixels.is_cuda: pixels = pixels.pin_memory()
+        return pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+
+    def _fast_tower(self) -> nn.Module | None:
+        key = self.device, self.precision
+        if key not in self._made:
+            self._made.clear()
+            self._made[key] = fast_tower(self.model, self.mean, self.std, PRECISIONS[self.precision])
+        return self._made[key]
 
     def encode_pixels(
         self,
         pixels: np.ndarray | Tensor,  # (N, S, S, 3) uint8, as `preprocess.pixels` gives them
+        plain: bool = False,  # True: by the model as it is, for reference
     ) -> Tensor:
         "Image features (N, D) of one batch, float32, not normalised."
-        dtype = PRECISIONS[self.precision]
-        with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            x = self.normalise(pixels)
-            if not len(x): features = x.new_empty(0, self.dim)
-            elif hasattr(self.model, "encode_image"): features = self.model.encode_image(x, normalize=False)
-            else: features = self.model(x)
+        dtype, tower, pixels = PRECISIONS[self.precision], None if plain else self._fast_tower(), self._checked(pixels)
+        with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype is not None, cache_enabled=False):
+            if not len(pixels): features = self.normalise(pixels).new_empty(0, self.dim)
+            elif self.device.type == "cpu" and not plain:
+                features = torch.cat([self._features(part, tower) for part in pixels.split(self._cache_batch)])
+            else: features = self._features(pixels, tower)
         return features.float().clone()
+
+    def _features(self, pixels: Tensor, tower: nn.Module | None) -> Tensor:
+        if tower: return tower(self._on_device(pixels).float().sub_(128))
+        x = self.normalise(pixels)
+        return self.model.encode_image(x, normalize=False) if hasattr(self.model, "encode_image") else self.model(x)
+
+    @property
+    def _cache_batch(self) -> int:
+        "Crops whose activations a processor's cache holds: eight of 224 x 224 pixels."
+        return max(1, 8 * 224**2 // self.preprocess.size**2 // self.clip_frames) * self.clip_frames
+
+    def encode_batch(
+        self,
+        pixels: np.ndarray | Tensor,  # (N, S, S, 3) uint8
+        size: int,  # crops of each forward pass; the last is filled up with grey ones
+        record: bool | None = None,  # as a CUDA graph; None: on CUDA, unless XMIC_CUDA_GRAPHS is 0
+    ) -> Tensor:
+        "Image features (N, D), float32, in passes of one size. On CUDA nothing waits for them: what reads them has to."
+        pixels, key = self._checked(pixels), (self.device, self.precision, size, record)
+        if not len(pixels): return self.encode_pixels(pixels)
+        if key not in self._passes:
+            self._passes.clear()
+            self._passes[key] = FixedBatch(self.encode_pixels, (size, *pixels.shape[1:]), self.device, record)
+        return torch.cat([self._passes[key](self._on_device(part).permute(0, 2, 3, 1)) for part in pixels.split(size)])
 
     def encode_frames(
         self,
@@ -209,7 +254,7 @@ class Encoder(nn.Module):
                     **({"logit_bias": self.logit_bias} if self.logit_bias else {}),
                     **{k: v for k, v in self.config.items() if k == "position_interpolation"})
 
-# %% ../nbs/08_encoders.ipynb #b12dfa6a
+# %% ../nbs/08_encoders.ipynb #22885de9
 STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
             "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32, "BoolStorage": torch.bool}
 
@@ -219,7 +264,7 @@ class ArchiveUnpickler(pickle.Unpickler):
 
     def __init__(self, archive: zipfile.ZipFile, root: str):
         super().__init__(BytesIO(archive.read(f"{root}/data.pkl")))
-        self.archive, self.root = archive, root
+        self.archive, self.root, self.storages = archive, root, {}
 
     def find_class(self, module, name):
         if module.split(".")[0] == "__torch__": return type(name, (), {})
@@ -232,18 +277,24 @@ class ArchiveUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid):
         _, dtype, key, _, _ = pid
-        return torch.frombuffer(bytearray(self.archive.read(f"{self.root}/data/{key}")), dtype=dtype)
+        if (dtype, key) not in self.storages:
+            self.storages[dtype, key] = torch.frombuffer(bytearray(self.archive.read(f"{self.root}/data/{key}")), dtype=dtype)
+        return self.storages[dtype, key]
 
-# %% ../nbs/08_encoders.ipynb #1af40372
-def _tensors(module: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+# %% ../nbs/08_encoders.ipynb #d79b63c2
+def _tensors(module: object, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
+    seen = set() if seen is None else seen
     for name, value in vars(module).items():
-        if isinstance(value, Tensor): yield prefix + name, value
-        elif hasattr(value, "__dict__"): yield from _tensors(value, f"{prefix}{name}.")
+        if isinstance(value, Tensor):
+            yield prefix + name, value
+        elif hasattr(value, "__dict__") and id(value) not in seen:
+            seen.add(id(value))
+            yield from _tensors(value, f"{prefix}{name}.", seen)
 
 
 def _read_archive(path: Path) -> dict[str, Tensor] | None:
     "The tensors of a TorchScript archive; None if the file is no such archive."
-    if not zipfile.is_zipfile(path): return None
+    if not check_archive(path): return None
     with zipfile.ZipFile(path) as archive:
         roots = [name.removesuffix("/constants.pkl") for name in archive.namelist() if name.endswith("/constants.pkl")]
         return dict(_tensors(ArchiveUnpickler(archive, roots[0]).load())) if roots else None
@@ -260,15 +311,15 @@ def read_weights(
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as e:
-        reason = str(e).strip().split("\n")[0][:200]
+        reason = brief(str(e).strip().split("\n")[0], 200)
         raise DataError(f"{path}: not readable as weights alone ({type(e).__name__}: {reason}). It may be cut short, or hold "
                         "objects besides tensors; those are never loaded: save the state dict as safetensors") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict): state = state["state_dict"]
-    if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not state or not all(map(is_plain, state.values())) or not all(isinstance(name, str) for name in state):
         raise DataError(f"{path}: holds no state dict (names and tensors)")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
-# %% ../nbs/08_encoders.ipynb #245cbea2
+# %% ../nbs/08_encoders.ipynb #1b96aa66
 OPENAI_SCALARS = {"input_resolution", "context_length", "vocab_size"}  # beside the weights in OpenAI's archives
 
 
@@ -285,20 +336,8 @@ def load_weights(
     expected = model.state_dict()
     for name in {"logit_scale", "logit_bias"} & state.keys() & expected.keys():
         if state[name].numel() == 1: state[name] = state[name].reshape(expected[name].shape)
-    _check_tensors(state, {name: tuple(tensor.shape) for name, tensor in expected.items()}, source)
+    check_tensors(state, {name: tensor.shape for name, tensor in expected.items()}, source)
     model.load_state_dict(state)
-
-
-def _check_tensors(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], source: str) -> None:
-    faults = [f"missing: {name}" for name in shapes if name not in state]
-    faults += [f"unexpected: {name}" for name in state if name not in shapes]
-    for name in (name for name in shapes if name in state):
-        if tuple(state[name].shape) != shapes[name]:
-            faults.append(f"shape: {name} is {tuple(state[name].shape)}, the model's {shapes[name]}")
-        elif not torch.isfinite(state[name]).all():
-            faults.append(f"not finite: {name}")
-    if faults:
-        raise DataError.rows(f"{source}: the weights do not fit the model", faults)
 
 # %% ../nbs/08_encoders.ipynb #b992b8ff
 def check_activation(
@@ -379,13 +418,17 @@ def _which_weights(
                      f"weights {str(weights)!r}: neither a file nor a pretrained tag of {name}")
                     + f"; its tags: {', '.join(tags) or 'none'}. Or pass a weight file, or weights='random'")
 
-# %% ../nbs/08_encoders.ipynb #265cbd4b
+# %% ../nbs/08_encoders.ipynb #265f53c8
 def _settings_of(name: str, path: Path | None) -> dict:
     "Mean, std, interpolation, resize_mode and (if known) quick_gelu that belong to a weight file, or to an architecture."
     beside = path and path.with_name("open_clip_config.json")
     if beside and beside.is_file():
-        config = read_json(beside)
-        return {**config.get("preprocess_cfg", {}), "quick_gelu": bool(config.get("model_cfg", {}).get("quick_gelu", False))}
+        config = read_json(beside, dict)
+        model, preprocess = config.get("model_cfg", {}), config.get("preprocess_cfg", {})
+        numbers = [preprocess.get(name) or CLIP_MEAN for name in ("mean", "std")] if isinstance(preprocess, dict) and isinstance(model, dict) else [None]
+        if not all(isinstance(three, (list, tuple)) and len(three) == 3 and all(isinstance(x, (int, float)) and 0 < x < 2 for x in three) for three in numbers):
+            raise DataError(f"{beside}: expected the configuration of an open_clip model, with three numbers as mean and as std")
+        return {**preprocess, "quick_gelu": bool(model.get("quick_gelu", False))}
     known = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
     chosen = next((c for c in known if c["mean"] == CLIP_MEAN), known[0] if known else {})
     return {k: v for k, v in chosen.items() if k != "quick_gelu"}
@@ -513,7 +556,7 @@ def set_image_size(
     grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
     model.pos_embed = nn.Parameter(torch.cat([cls, grid.flatten(2).mT], 1))
 
-# %% ../nbs/08_encoders.ipynb #0c6c6e10
+# %% ../nbs/08_encoders.ipynb #bbc36626
 def from_dinov2(
     model: nn.Module,  # timm's DINOv2, of the picture size that the file is for
     state: dict[str, Tensor],
@@ -525,7 +568,7 @@ def from_dinov2(
     shapes = {"mask_token": (1, width), "cls_token": (1, 1, width), "pos_embed": (1, 1 + model.patch_embed.num_patches, width),
               "patch_embed.proj.weight": tuple(model.patch_embed.proj.weight.shape)}  # timm would stretch the last two without a word
     if registers: shapes["register_tokens"] = (1, registers, width)
-    _check_tensors({k: v for k, v in state.items() if k in shapes or k == "register_tokens"}, shapes, source)
+    check_tensors({k: v for k, v in state.items() if k in shapes or k == "register_tokens"}, shapes, source)
     return checkpoint_filter_fn(dict(state), model)
 
 # %% ../nbs/08_encoders.ipynb #4ca2c1c3

@@ -61,7 +61,7 @@ class Profile:
     def root(self, dataset: str) -> str:
         return f"{self.data}/{dataset}"
 
-# %% ../nbs/28_experiments.ipynb #78701bcd
+# %% ../nbs/28_experiments.ipynb #249ba2d2
 MINI_METHODS: dict[str, dict] = {  # rates: the best of the published one times 1, 4, 16 and 64, see benchmarks/learning_rates.py
     "coop": dict(lr=0.032),
     "cocoop": dict(lr=0.032),
@@ -110,7 +110,7 @@ def _changed(p: Profile) -> Profile:
     path = Path(p.data) / "profile.json"
     if not path.exists():
         return p
-    changes, own = read_json(path), [f.name for f in fields(Profile) if f.name not in ("name", "size", "data")]
+    changes, own = read_json(path, dict), [f.name for f in fields(Profile) if f.name not in ("name", "size", "data")]
     for key, value in changes.items():
         if key not in own or type(value) is not type(getattr(p, key)) and not isinstance(getattr(p, key), tuple):
             raise DataError(f"{path}: {key}={value!r} cannot be set; it may hold {', '.join(own)}{did_you_mean(key, own)}")
@@ -457,7 +457,7 @@ def _contents(made: Plan) -> dict[str, str]:  # address -> words
         "#calibration": "Calibration", "#confusions": "What is taken for what"} | ({"clips.html": "Clips: won, lost, and why"} if 1 in made.tables else {}) | {
         "#costs": "What a training step costs", "#encoded": "What was encoded", "#runs": "All runs, for programs"}
 
-# %% ../nbs/28_experiments.ipynb #9c480e08
+# %% ../nbs/28_experiments.ipynb #8bdcacfa
 def world_size(
     root: str | Path,  # of a dataset
 ) -> str | None:  # None where it is not of the mini world
@@ -524,10 +524,11 @@ def _extract_missing(config: "TrainConfig", splits: dict[str, list[str]], settin
     wanted = {own: {config.classified_view}}
     if config.method != "zero_shot":
         wanted.setdefault(context, set()).update(config.context_views)
+    found = {dataset: _segments(config, dataset, which) for dataset, which in splits.items()}
     for (name, weights, clip_frames), views in wanted.items():
         encoder = create_encoder(name, weights, config.device, precision=config.encoder_precision, clip_frames=clip_frames)
         for dataset, which in splits.items():
-            (root, segments), store = _segments(config, dataset, which), dataset_store(from_root(config.features_root), encoder, config.resize, dataset)
+            (root, segments), store = found[dataset], dataset_store(from_root(config.features_root), encoder, config.resize, dataset)
             there = store.manifest
             left = segments if views - set(there) else segments[segments.segment_id.isin(
                 store.missing(segments, sorted(views)).query("cause == 'not extracted yet'").segment_id)]

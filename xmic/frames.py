@@ -6,7 +6,7 @@
 __all__ = ['ShardWriter', 'FrameShard', 'FrameStore', 'frames_folder', 'store_frames', 'store_dataset', 'random_crops',
            'crop_clip', 'PixelStreams']
 
-# %% ../nbs/18_frames.ipynb #308c323d
+# %% ../nbs/18_frames.ipynb #281263b2
 import hashlib
 import json
 import math
@@ -29,9 +29,10 @@ from torchvision.transforms.v2.functional import resized_crop
 from tqdm.auto import tqdm
 
 from .clips import Clip, ClipTask, Failed, Pixels, clip_pixels
+from .distributed import deal_videos
 from .encoders import create_encoder
-from .features import ExtractConfig, ExtractReport, Timed, file_size, hand_boxes, resize_policy, shard_name
-from .files import DataError, from_root, read_json, whole_file, write_json
+from .features import ExtractConfig, ExtractReport, FailureLog, Timed, file_size, hand_boxes, resize_policy, shard_name
+from .files import DataError, brief, from_root, parse_json, read_json, whole_file, write_json
 from .hands import HandBoxes
 from .pixels import Preprocess
 from .segments import read_segments
@@ -76,7 +77,7 @@ class ShardWriter:
         self.file.seek(8)
         self.file.write(_header({i: len(rows) for i, (rows, _) in segments.items()}, self.count, self.side, self.digest.hexdigest()))
 
-# %% ../nbs/18_frames.ipynb #9f9d62d9
+# %% ../nbs/18_frames.ipynb #d87c4050
 class FrameShard:
     "One shard, opened by its header alone. Raises `DataError` if it is not whole."
 
@@ -87,16 +88,20 @@ class FrameShard:
         try:
             with open(path, "rb") as file:
                 room = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(min(room, 100_000_000)))
-            info = json.loads(header["__metadata__"]["shard"])
+                header = parse_json(file.read(min(room, 100_000_000)), "its header", dict)
+            info = parse_json(header["__metadata__"]["shard"], "its header", dict)
             self.segments: dict[str, int] = info["segments"]
             self.sha256: str = info["sha256"]
             self.count, self.side = header["pixels"]["shape"][:2]
             self.pixels_at, self.tables_at = (8 + room + header[name]["data_offsets"][0] for name in ("pixels", "rows"))
             if (size := path.stat().st_size) != 8 + room + header["frames"]["data_offsets"][1]:
                 raise ValueError(f"it has {size:,} bytes, its header says {8 + room + header['frames']['data_offsets'][1]:,}")
+            if not all(type(n) is int and n >= 0 for n in (*self.segments.values(), self.count, self.side, self.pixels_at)):
+                raise ValueError("its header has other things than counts where they belong")
+            if self.pixels_at + self.count * self.side**2 * 3 != self.tables_at:
+                raise ValueError(f"{self.count:,} frames of {self.side} x {self.side} pixels are of another size than it says")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise DataError(f"{path} is not a whole shard of frames ({e}): delete it and store the frames again") from None
+            raise DataError(f"{path} is not a whole shard of frames ({brief(e, 300)}): delete it and store the frames again") from None
         self._tables: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
@@ -135,7 +140,7 @@ class FrameShard:
         for first in range(0, self.count, count):
             yield self.read(np.arange(first, min(first + count, self.count)))
 
-# %% ../nbs/18_frames.ipynb #40c96579
+# %% ../nbs/18_frames.ipynb #21472985
 class FrameStore:
     "Decoded frames of one dataset in one view, as they lie on disk."
 
@@ -146,6 +151,7 @@ class FrameStore:
         if not (self.folder / "manifest.json").exists():
             raise DataError(f"{self.folder} holds no frames: store them first with `store_dataset`")
         self.manifest = read_json(self.folder / "manifest.json")
+        self.failure_log = FailureLog(self.folder / "failures.jsonl")
         self.side: int = self.manifest["size"]
         self.shards = [FrameShard(path) for path in sorted(self.folder.glob("[!.]*.safetensors"))]
         self.place: dict[str, tuple[int, int, int]] = {}  # segment -> shard, first row, rows
@@ -178,8 +184,7 @@ class FrameStore:
     @property
     def failures(self) -> dict[str, dict]:  # segment id -> video_id, video_path, cause, bytes
         "What could not be decoded, and why."
-        path = self.folder / "failures.json"
-        return read_json(path) if path.exists() else {}
+        return dict(self.failure_log.read())
 
     def missing(self,
                 segments: pd.DataFrame,  # as the readers of `segments` give them
@@ -253,7 +258,7 @@ def _check_room(folder: Path, todo: dict[str, list], side: int, fps: float | Non
         raise DataError(f"{folder}: {seconds:,.0f} seconds at {rate:g} frames of {side} x {side} pixels are {needed / 1e9:,.1f} GB, and "
                         f"{free / 1e9:,.1f} GB are free: choose a lower feature_fps, or another disk for features_root")
 
-# %% ../nbs/18_frames.ipynb #8150a607
+# %% ../nbs/18_frames.ipynb #5b7bc7ec
 class _NothingRead(Exception):
     "No segment of a video could be read: no shard is to be left."
 
@@ -280,22 +285,15 @@ def _store_video(task: ClipTask, items: Iterator[Item], store: FrameStore, repor
         report.frames += writer.count - first
     report.extracted += len(clips)
     report.failed |= failed
-    _note_failures(store, {i: dict(video_id=task.video_id, video_path=paths[i], cause=cause, bytes=file_size(paths[i]))
-                           for i, cause in failed.items()}, {c.segment_id for c in clips})
+    store.failure_log.add({i: dict(segment_id=i, video_id=task.video_id, video_path=paths[i], cause=cause, bytes=file_size(paths[i]))
+                               for i, cause in failed.items()}, [c.segment_id for c in clips])
 
 
 def _split_tables(shard: FrameShard) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     ends = np.cumsum(list(shard.segments.values()))[:-1]
     return dict(zip(shard.segments, zip(*(np.split(table, ends) for table in shard.tables))))
 
-
-def _note_failures(store: FrameStore, records: dict[str, dict], mended: set[str]) -> None:
-    known = store.failures
-    lines = {i: r for i, r in (known | records).items() if i not in mended}
-    if lines != known:
-        write_json(store.folder / "failures.json", dict(sorted(lines.items())))
-
-# %% ../nbs/18_frames.ipynb #f1774bf8
+# %% ../nbs/18_frames.ipynb #57ebd1a4
 def store_frames(
     segments: pd.DataFrame,  # as the readers of `segments` give them
     folder: str | Path,  # see `frames_folder`
@@ -310,7 +308,7 @@ def store_frames(
     progress: bool = True,
 ) -> tuple[FrameStore, ExtractReport]:
     "Stores the frames of all segments that are not there yet. Can be stopped at any moment and started again."
-    if not any(os.path.exists(path) for path in segments.video_path.unique()):
+    if len(segments) and not any(os.path.exists(path) for path in segments.video_path.unique()):
         raise DataError(f"none of the {segments.video_path.nunique():,} videos is there, the first should be {segments.video_path.iloc[0]}: "
                         f"see data/README.md for where they are expected")
     begin, report, folder = time.perf_counter(), ExtractReport(segments), Path(folder)
@@ -328,10 +326,11 @@ def store_frames(
             _store_video(tasks[number], items, store, report)
             bar.set_postfix_str(f"{report.frames} frames, {len(report.failed)} failed", refresh=False)
             bar.update()
+    store.failure_log.tidy()
     report.seconds, report.waiting = time.perf_counter() - begin, sent.waited
     return FrameStore(folder), report
 
-# %% ../nbs/18_frames.ipynb #aadc4b7c
+# %% ../nbs/18_frames.ipynb #4d5d6d4a
 def store_dataset(
     config: ExtractConfig,  # `precision`, `batch_size` and `device` have no meaning here
     view: str = "full",  # or "hand"
@@ -341,7 +340,8 @@ def store_dataset(
     segments = pd.concat([read_segments(config.dataset, root, split) for split in config.splits], ignore_index=True)
     preprocess = create_encoder(config.encoder, config.weights, "cpu").with_resize(resize_policy(config.resize, config.dataset)).preprocess
     workers = max(1, (os.cpu_count() or 2) - 1) if config.workers is None else config.workers
-    return store_frames(segments, frames_folder(from_root(config.features_root), preprocess, config.dataset, view), preprocess, view,
+    own = deal_videos(segments, config.rank, config.world)
+    return store_frames(own, frames_folder(from_root(config.features_root), preprocess, config.dataset, view), preprocess, view,
                         hand_boxes(config) if view == "hand" else None, config.feature_fps, workers, config.backend, config.timeout,
                         config.dataset == "egtea", config.progress)
 
@@ -378,7 +378,7 @@ def crop_clip(
                             InterpolationMode(interpolation), antialias=True).permute(0, 2, 3, 1)
     return clip.flip(2) if mirrored else clip
 
-# %% ../nbs/18_frames.ipynb #f32baec1
+# %% ../nbs/18_frames.ipynb #496eccae
 class PixelStreams:
     "The frames of chosen segments, ready to be sampled."
 
@@ -417,12 +417,14 @@ class PixelStreams:
                 context_rows: None = None,  # there is no conditioning stream
                 drop_last: bool = False,  # leave out the last batch where it is not full
                 rng: np.random.Generator | None = None,  # draws the cuts of training; None: whole frames
+                own: np.ndarray | None = None,  # places in `order` that are wanted of it, with their cuts; None: all
                ) -> Iterator[tuple[np.ndarray, Batch]]:  # positions, and pixels (B, T, S, S, 3) uint8
         "All batches in order, made ahead of their use."
         if context_rows is not None:
             raise DataError("pixels have no conditioning stream, so double_shift has no meaning for this method")
-        stop = len(order) - len(order) % batch_size if drop_last else len(order)
         crops = None if rng is None else random_crops(len(order), self.store.side, self.scale, self.flip, rng)
+        if own is not None: order, crops = order[own], None if crops is None else crops[own]
+        stop = len(order) - len(order) % batch_size if drop_last else len(order)
         return ahead(self._make(order[:stop], rows, batch_size, crops))
 
     def _make(self, order: np.ndarray, rows: np.ndarray, batch_size: int, crops: np.ndarray | None) -> Iterator[tuple[np.ndarray, Batch]]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Look', 'turned', 'look', 'won_and_lost', 'plot_answers', 'plot_degrees', 'plot_attention']
 
-# %% ../nbs/32_inspection.ipynb #c81853e9
+# %% ../nbs/32_inspection.ipynb #8ee5342a
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from .classes import ClassSet
 from .clips import wanted_frames
 from .features import ExtractConfig, hand_boxes
 from .files import DataError, from_root
-from .training import PIXELS, RunResult, dataset_root, pick_device, restore
+from .training import RunResult, pick_device, restore, test_batches
 from .video import frame_indices, probe, read_frames
 
 # %% ../nbs/32_inspection.ipynb #6415841f
@@ -71,7 +71,7 @@ def turned(
     length = (squared + 2 * inner + vector.square().sum(-1, keepdim=True)).clamp_min(0).sqrt()
     return torch.rad2deg(((squared + inner) / (squared.sqrt() * length).clamp_min(torch.finfo(text.dtype).tiny)).clamp(-1, 1).acos())
 
-# %% ../nbs/32_inspection.ipynb #f23b5b9d
+# %% ../nbs/32_inspection.ipynb #45d7f7cf
 def look(
     folder: str | Path,  # of a finished run
     dataset: str | None = None,  # where it was evaluated; None: its source
@@ -87,10 +87,9 @@ def look(
         raise DataError(f"{folder} was trained for {c.labels} and evaluated on {', '.join([c.dataset, *c.targets])}: no {kind}s of {dataset}")
     data, method = restore(result, pick_device(device))
     split, classes = data.split(dataset, "test"), data.text[dataset][kind]
-    rows, context_rows = split.rows(c.frames)
     parts: dict[str, list[Tensor]] = {}
     with torch.inference_mode():
-        for _, batch in split.streams.batches(np.arange(len(split.segments)), rows, c.batch_size if c.method in PIXELS else batch_size, context_rows):
+        for _, batch in test_batches(split, c, batch_size=batch_size):
             found = dict(logits=method(batch, classes))
             if isinstance(method, XMIC):
                 found |= _adapter(method, batch.context, classes.text)

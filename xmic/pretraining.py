@@ -8,14 +8,16 @@ __all__ = ['GERUNDS', 'TRAIN_SEED', 'HELD_OUT_SEED', 'CLIP_SEED', 'HELD_OUT_CLIP
            'crop', 'recolour', 'clip_loss', 'cached_things', 'pasted_view', 'Clips', 'done_verbs', 'render_clips',
            'clips_hash', 'cached_clips', 'third_person', 'narrate', 'narration_words', 'save_encoder']
 
-# %% ../nbs/29_pretraining.ipynb #5759af15
+# %% ../nbs/29_pretraining.ipynb #967e8ff6
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +70,7 @@ def seen_verbs(
     "The verbs that are usually done to it."
     return [verb for verb in GERUNDS if usual("cut" if verb == "peel" else verb, noun)]
 
-# %% ../nbs/29_pretraining.ipynb #bd28f8cd
+# %% ../nbs/29_pretraining.ipynb #e4f730a1
 TRAIN_SEED, HELD_OUT_SEED = 2**40, 2**41
 
 
@@ -100,14 +102,18 @@ def render(
     workers: int | None = None,  # processes; None: one a core
 ) -> Pictures:
     "Pictures of all nouns, of three in ten something is done to the thing."
-    workers = workers or os.cpu_count() or 1
-    jobs = [(noun, seed, per_noun, size) for noun in NOUNS]
-    if per_noun * len(jobs) < 1000: parts = [_render(*job) for job in jobs]
-    else:
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool: parts = list(pool.map(_render, *zip(*jobs)))
-    return Pictures(np.concatenate([p for p, _ in parts]), np.repeat(np.arange(len(jobs)), per_noun), np.concatenate([v for _, v in parts]))
+    return Pictures(*_all_nouns(_render, per_noun, seed, size, workers))
 
-# %% ../nbs/29_pretraining.ipynb #6ea037f9
+
+def _all_nouns(make: Callable, per_noun: int, seed: int, size: int, workers: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Pixels, nouns and verbs of what `make` draws of each noun."
+    jobs = [(noun, seed, per_noun, size) for noun in NOUNS]
+    if per_noun * len(jobs) < 1000: parts = [make(*job) for job in jobs]
+    else:
+        with ProcessPoolExecutor(workers or os.cpu_count() or 1, get_context("spawn")) as pool: parts = list(pool.map(make, *zip(*jobs)))
+    return np.concatenate([p for p, _ in parts]), np.repeat(np.arange(len(jobs)), per_noun), np.concatenate([v for _, v in parts])
+
+# %% ../nbs/29_pretraining.ipynb #19f38973
 def drawings_hash() -> str:
     "Changes whenever the drawings do: a hash over a small picture of every noun, with and without each verb."
     return hashlib.sha256(b"".join(picture(noun, 0, 32, verb).tobytes() for noun in NOUNS for verb in (None, *seen_verbs(noun)))).hexdigest()[:12]
@@ -120,11 +126,14 @@ def cached_pictures(
     size: int = 72,
 ) -> Pictures:
     "As `render`, kept in a file that belongs to the drawings as they are now."
-    path = Path(folder) / f"{per_noun}-{seed}-{size}-{drawings_hash()}.npz"
+    return _cached(Path(folder) / f"{per_noun}-{seed}-{size}-{drawings_hash()}.npz", lambda: render(per_noun, seed, size), Pictures)
+
+
+def _cached(path: Path, make: Callable, kind: type) -> Any:
     if not path.exists():
-        made = render(per_noun, seed, size)
+        made = make()
         with whole_file(path) as part, open(part, "wb") as file: np.savez(file, pixels=made.pixels, noun=made.noun, verb=made.verb)
-    with np.load(path) as file: return Pictures(file["pixels"], file["noun"], file["verb"])
+    with np.load(path) as file: return kind(file["pixels"], file["noun"], file["verb"])
 
 # %% ../nbs/29_pretraining.ipynb #dfa180bc
 _TEMPLATES = ["{}"] * 6 + [
@@ -257,7 +266,7 @@ def pasted_view(
     colour, alpha = thing.split([3, 1], 1)
     return recolour(colour * alpha + ground * (1 - alpha), 0.25, 0.3, 0.2, generator)
 
-# %% ../nbs/29_pretraining.ipynb #527f8080
+# %% ../nbs/29_pretraining.ipynb #1b142b56
 CLIP_SEED, HELD_OUT_CLIP_SEED = 2**43, 2**44
 _HANDS = 0.5  # share of the clips that are cut out around the hands
 
@@ -304,13 +313,9 @@ def render_clips(
     workers: int | None = None,  # processes; None: one a core
 ) -> Clips:
     "Clips of all nouns, in which somebody does something that is usual with them."
-    jobs = [(noun, seed, per_noun, size) for noun in NOUNS]
-    if per_noun * len(jobs) < 1000: parts = [_render_clips(*job) for job in jobs]
-    else:
-        with ProcessPoolExecutor(workers or os.cpu_count() or 1, get_context("spawn")) as pool: parts = list(pool.map(_render_clips, *zip(*jobs)))
-    return Clips(np.concatenate([p for p, _ in parts]), np.repeat(np.arange(len(jobs)), per_noun), np.concatenate([v for _, v in parts]))
+    return Clips(*_all_nouns(_render_clips, per_noun, seed, size, workers))
 
-# %% ../nbs/29_pretraining.ipynb #44e59ebd
+# %% ../nbs/29_pretraining.ipynb #19e472c3
 def clips_hash() -> str:
     "Changes whenever the rendered clips do: a hash over a small clip of every noun."
     return hashlib.sha256(render_clips(1, CLIP_SEED, 32).pixels.tobytes()).hexdigest()[:12]
@@ -323,11 +328,7 @@ def cached_clips(
     size: int = 72,
 ) -> Clips:
     "As `render_clips`, kept in a file that belongs to the clips as they are rendered now."
-    path = Path(folder) / f"clips-{per_noun}-{seed}-{size}-{clips_hash()}.npz"
-    if not path.exists():
-        made = render_clips(per_noun, seed, size)
-        with whole_file(path) as part, open(part, "wb") as file: np.savez(file, pixels=made.pixels, noun=made.noun, verb=made.verb)
-    with np.load(path) as file: return Clips(file["pixels"], file["noun"], file["verb"])
+    return _cached(Path(folder) / f"clips-{per_noun}-{seed}-{size}-{clips_hash()}.npz", lambda: render_clips(per_noun, seed, size), Clips)
 
 # %% ../nbs/29_pretraining.ipynb #367ac7eb
 _SAID = ["#C C {does} the {noun}"] * 5 + ["#C C {does} a {noun}"] * 2 + ["#C C {does} {noun}"] + ["{verb} {noun}"] * 3 + ["{verb} the {noun}"]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recognition', 'Recognizer']
 
-# %% ../nbs/24_recognizer.ipynb #5ff7bfce
+# %% ../nbs/24_recognizer.ipynb #03170b17
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,17 +14,18 @@ from typing import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapter import ZeroShot
 from .classes import ClassSet
 from .clips import wanted_frames
 from .encoders import Encoder, create_encoder, embed_prompts
+from .features import resize_policy
 from .files import DataError, read_json, settings, whole_file, write_json
 from .hands import HandBoxes
 from .streams import Batch
-from .training import CONDITIONED, PIXELS, TrainConfig, build_method, text_tower
+from .training import CONDITIONED, PIXELS, TrainConfig, build_method, load_trained, resolve, text_tower
 from .video import VideoInfo, frame_indices, frame_times, probe, read_frames
 
 # %% ../nbs/24_recognizer.ipynb #befb0727
@@ -66,7 +67,12 @@ def _stretch(video: str | Path, info: VideoInfo, start: float | None, stop: floa
     return SimpleNamespace(segment_id=name, video_id=name, start_sec=begin, stop_sec=end,
                            start_frame=int(begin * info.fps) + 1, stop_frame=int(end * info.fps) + 1)
 
-# %% ../nbs/24_recognizer.ipynb #c4d62361
+# %% ../nbs/24_recognizer.ipynb #c22d72de
+def _of_view(encoder: Encoder, view: str) -> Encoder:
+    "Hand crops keep their aspect, as in extraction."
+    return encoder.with_resize("shortest") if view == "hand" else encoder
+
+
 @dataclass
 class _Frames:
     "Sampled frames, and the hand box of each."
@@ -82,29 +88,31 @@ class _Frames:
         return cls(numbers.tolist(), images, [boxes.box(segment, int(n), info, width, height) if boxes else None for n in numbers])
 
     def pixels(self, encoder: Encoder, view: str) -> Tensor:  # (1, T, S, S, 3) uint8
+        encoder = _of_view(encoder, view)
         return torch.from_numpy(encoder.preprocess.pixels(self.images, self.boxes if view == "hand" else None))[None].to(encoder.device)
 
     def encode(self, encoder: Encoder, view: str) -> Tensor:  # (1, T, D)
         n = encoder.clip_frames
         if len(self.images) % n: raise DataError(f"frames={len(self.images)}: {encoder.name} reads clips of {n}; train with a multiple of that")
-        return encoder.encode_frames(self.images, boxes=self.boxes if view == "hand" else None)[None].repeat_interleave(n, 1)
+        return _of_view(encoder, view).encode_frames(self.images, boxes=self.boxes if view == "hand" else None)[None].repeat_interleave(n, 1)
 
-# %% ../nbs/24_recognizer.ipynb #7cfc0450
+# %% ../nbs/24_recognizer.ipynb #b2f3ad37
 _Saved = dict[str, tuple[TrainConfig, Path]]  # "noun", "verb" -> how the adapter was trained, and its weights
 
 
 def _saved(folder: Path) -> _Saved:
-    kept = read_json(folder / "config.json")
-    if "adapters" in kept:
-        return {kind: (settings(TrainConfig, c), folder / f"{kind}.safetensors") for kind, c in kept["adapters"].items()}
-    run = settings(TrainConfig, kept)
+    kept = read_json(folder / "config.json", dict)
+    adapters = kept.get("adapters")
+    if isinstance(adapters, dict) and adapters and set(adapters) <= {"noun", "verb"} and all(isinstance(c, dict) for c in adapters.values()):
+        return {kind: (resolve(settings(TrainConfig, c)), folder / f"{kind}.safetensors") for kind, c in adapters.items()}
+    run = resolve(settings(TrainConfig, kept))
     return {kind: (run, folder / "model.safetensors") for kind in (["noun", "verb"] if run.labels == "both" else [run.labels])}
 
 
 def _one_encoder(folder: Path, saved: _Saved) -> TrainConfig:
     "A config whose encoders are those of all adapters; `DataError` where they differ."
     configs = [config for config, _ in saved.values()]
-    for name in ("encoder", "weights", "clip_frames", "context_encoder", "context_weights", "context_clip_frames"):
+    for name in ("encoder", "weights", "clip_frames", "context_encoder", "context_weights", "context_clip_frames", "resize"):
         if len({getattr(c, name) for c in configs}) != 1:
             raise DataError(f"{folder}: its adapters were trained with different settings of {name}; load them one by one")
     return configs[0]
@@ -118,7 +126,7 @@ def _notes(frames: _Frames, zero_shot: list[str], encoder: Encoder) -> list[str]
         notes.append("RANDOM encoder weights: the answer means nothing")
     return notes
 
-# %% ../nbs/24_recognizer.ipynb #5f1cb94a
+# %% ../nbs/24_recognizer.ipynb #40320b5c
 class Recognizer:
     "A frozen CLIP with trained adapters, for videos and class lists of any kind."
 
@@ -143,14 +151,16 @@ class Recognizer:
         folder = Path(folder)
         saved = _saved(folder)
         trained = _one_encoder(folder, saved)
-        encoder = create_encoder(trained.encoder, weights or trained.weights, device, clip_frames=trained.clip_frames)
-        context = create_encoder(trained.context_encoder, trained.context_weights, device, clip_frames=trained.context_clip_frames) if trained.context_encoder else encoder
+        resize = resize_policy(trained.resize, trained.dataset)
+        encoder = create_encoder(trained.encoder, weights or trained.weights, device, clip_frames=trained.clip_frames).with_resize(resize)
+        context = encoder if not trained.context_encoder else create_encoder(
+            trained.context_encoder, trained.context_weights, device, clip_frames=trained.context_clip_frames).with_resize(resize)
         methods = {}
         for kind, (config, path) in saved.items():
             if not path.is_file():
                 raise DataError(f"{path}: no such file; {folder} is neither a finished run nor a saved recognizer")
             methods[kind] = build_method(config, encoder.dim, context.dim, float(encoder.logit_scale), text_tower(config, encoder), encoder=encoder)
-            methods[kind].load_state_dict(load_file(path))
+            load_trained(methods[kind], path)
         return cls(encoder, methods, {kind: config for kind, (config, _) in saved.items()}, context)
 
     def save_pretrained(self,

@@ -83,7 +83,7 @@ def plot_accuracies(
     sns.despine(fig)
     return fig
 
-# %% ../nbs/23_reporting.ipynb #7c9b1bbc
+# %% ../nbs/23_reporting.ipynb #6f5cfd89
 def plot_segments(
     run: "RunResult",
     rows: int = 3,  # segments that were recognised, and as many that were not
@@ -109,7 +109,7 @@ def plot_segments(
             info = probe(segment.video_path)
             every = wanted_frames(info, segment)
             shown = read_frames(segment.video_path, every[frame_indices(0, len(every), frames)])
-        except DataError as e:
+        except DataError:
             shown = [np.full((90, 160, 3), 230, np.uint8)] * frames
         gap = np.full((len(shown[0]), max(1, shown[0].shape[1] // 40), 3), 255, np.uint8)
         ax.imshow(np.concatenate([part for frame in shown for part in (frame, gap)][:-1], axis=1))
@@ -227,7 +227,7 @@ def compare(
     inside = joined.paper.between(joined.low.round(2), joined.high.round(2))
     return joined.assign(difference=joined["mean"] - joined.paper, verdict=np.select([both & inside, both], ["inside", "outside"], ""))
 
-# %% ../nbs/23_reporting.ipynb #4ae8ea06
+# %% ../nbs/23_reporting.ipynb #688dd664
 MARKS = {
     "text": ("{}", "{}", " ± "),
     "markdown": ("**{}**", "<u>{}</u>", " ± "),
@@ -246,7 +246,6 @@ def layout(
         part = part.assign(text=_texts(part, form), row=[f"{m} {v}".strip() if v else m for m, v in zip(part.method, part.variant)])
         order = dict(index="row", columns=["kind", "column"])
         page = part.pivot_table(**order, values="text", aggfunc="first", sort=False)
-        once = part.drop_duplicates(["kind", "column"]).set_index(["kind", "column"])
         counted = part.groupby(["kind", "column"], sort=False).segments.agg(lambda s: next(filter(None, s), ""))
         page.loc["segments"] = counted.reindex(page.columns)
         if part.chance.notna().any():

@@ -65,7 +65,7 @@ def shift_twice(
         shifted = np.floor(rows + step / 2).astype(np.int64)
     return np.minimum(shifted, lengths[:, None] - 1)
 
-# %% ../nbs/11_streams.ipynb #1287dfdf
+# %% ../nbs/11_streams.ipynb #446d465a
 class RowFiles:
     "The feature rows of a view, read from its shards by position. Holds no file open."
 
@@ -82,6 +82,8 @@ class RowFiles:
             ) -> np.ndarray:  # (stop - first, D) float16
         "Some rows of a shard that follow each other."
         size = 2 * self.view.dim
+        if shard not in self.begin:
+            self.view.checked(shard)  # once, before its rows are believed
         with open(self.view.folder / self.view.shards[shard], "rb", buffering=0) as file:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .evaluation import split_logits
 from .files import DataError, whole_file
 from .streams import Batch
-from .training import DeviceSteps, RunData, RunResult, Split, TrainConfig, Trainer, _claim, pick_device, resolve, run_folder, train
+from .training import DeviceSteps, RunData, RunResult, Split, TrainConfig, Trainer, _claim, _found, pick_device, resolve, run_folder, train
 
 # %% ../nbs/33_together.ipynb #6bc8458c
 FREE = ("seed", "lr", "schedule", "warmup_epochs", "warmup_lr", "betas", "momentum", "weight_decay", "scale", "name", "runs_root", "progress")
@@ -124,8 +124,8 @@ def _fit_together(configs: list[TrainConfig], data: _OneReading) -> None:
     trainers, last = [], configs[0].epochs
     for c in configs:
         trainers.append(Trainer(c, data.of(c).method(), data.text[c.dataset], data.split(c.dataset, "train"), data.device))
-        if (checkpoint := run_folder(c) / "checkpoint.pt").exists():
-            trainers[-1].load(checkpoint)
+        if state := _found(run_folder(c) / "checkpoint.pt", trainers[-1]):
+            trainers[-1].resume(state)
     if not trainers[0].on_device:
         return
     together = None

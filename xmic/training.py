@@ -6,10 +6,10 @@
 __all__ = ['RECIPES', 'ALIKE', 'PUBLISHED', 'SELECTIONS', 'METHODS', 'UNTRAINED', 'CONDITIONED', 'PROMPTED', 'PIXELS',
            'TrainConfig', 'Backbone', 'build_method', 'text_tower', 'resolve', 'learning_rate', 'epoch_rate', 'Split',
            'dataset_root', 'RunData', 'loss_and_right', 'subsample', 'DeviceSteps', 'Trainer', 'RunResult', 'run_name',
-           'run_folder', 'provenance', 'pick_device', 'peak_memory', 'held_out_videos', 'Selection', 'evaluate',
-           'train', 'restore', 'EvaluateConfig', 'evaluate_run']
+           'run_folder', 'provenance', 'pick_device', 'peak_memory', 'held_out_videos', 'Selection', 'test_batches',
+           'evaluate', 'train', 'load_trained', 'restore', 'EvaluateConfig', 'evaluate_run']
 
-# %% ../nbs/20_training.ipynb #cd7e89e8
+# %% ../nbs/20_training.ipynb #8f581118
 import hashlib
 import json
 import math
@@ -19,7 +19,9 @@ import resource
 import subprocess
 import time
 import warnings
+import zipfile
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
@@ -35,10 +37,11 @@ import xmic
 from .adapter import XMIC, ZeroShot, trained_parameters
 from .classes import ClassSet
 from .clip_adapter import AVERAGES, BRANCHES, CLIPAdapter
+from .distributed import deal, first_ahead, from_first, gather, is_first, mine, sum_gradients, world
 from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts, has_text
 from .evaluation import harmonic_means, predict, split_logits, sum_classes, summarise
 from .features import FeatureStore, StoredView, Timed, dataset_store, resize_policy
-from .files import DataError, did_you_mean, from_root, project_root, read_json, settings, whole_file, write_json
+from .files import DataError, brief, check_archive, did_you_mean, from_root, project_root, read_json, settings, whole_file, write_json
 from .frames import FrameStore, PixelStreams, frames_folder
 from .prompting import A5, POSITIONS, CoCoOp, CoOp, text_once
 from .segments import central_window, read_classes, read_segments
@@ -548,7 +551,35 @@ def _optimizer(c: TrainConfig, trained: list[nn.Parameter], device: torch.device
     return torch.optim.AdamW(trained, lr=torch.tensor(c.lr, device=device) if graph else c.lr, betas=tuple(c.betas), weight_decay=c.weight_decay,
                              fused=fused, capturable=graph)
 
-# %% ../nbs/20_training.ipynb #595fcc14
+# %% ../nbs/20_training.ipynb #188888c9
+def _read_checkpoint(path: Path, device: torch.device, method: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    "What a checkpoint holds; `DataError` if it is damaged, or does not fit."
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        check_archive(path)
+        state = torch.load(path, map_location=device, weights_only=True)
+        if _shapes(state["method"]) != _shapes(method.state_dict()) or not _fits(state["optimizer"], optimizer):
+            raise ValueError("it is of another method")
+        return dict(method=state["method"], optimizer=state["optimizer"], epoch=int(state["epoch"]), history=list(state["history"]), best=state["best"])
+    except Exception as e:  # whatever a damaged file makes its readers raise
+        raise DataError(f"{path} is damaged, or none of this run ({type(e).__name__}: {brief(' '.join(str(e).split()), 200)}): delete it, and the run "
+                        f"begins anew") from None
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
+def _fits(state: dict, optimizer: torch.optim.Optimizer) -> bool:
+    "Whether the state of an optimiser is one of the same parameters."
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    same = [len(group["params"]) for group in state["param_groups"]] == [len(group["params"]) for group in optimizer.param_groups]
+    return same and all(value.shape in (torch.Size(), trained[i].shape) for i, values in state["state"].items() for value in values.values()
+                        if isinstance(value, Tensor))
+
+# %% ../nbs/20_training.ipynb #ed4b8c15
 @dataclass
 class Trainer:
     "A method, its optimiser, and what it is trained on."
@@ -597,23 +628,25 @@ class Trainer:
         return text, labels
 
     def step(self,
-             batch: Batch,
+             batch: Batch | None,  # of this process; None: nothing
              labels: dict[str, Tensor],  # by kind: (B,)
              text: dict[str, ClassEmbeddings] | None = None,  # classes that compete, by kind; None: all
-            ) -> tuple[Tensor, Tensor]:  # loss and number right, on the device
+             size: int | None = None,  # segments of all processes; None: those of this batch
+            ) -> tuple[Tensor, Tensor]:  # loss and number right of all processes, on the device
         "Forward, backward and update for one batch, in parts where it is too large; the losses of nouns and verbs are added."
         text = text or self.text
         both = self.both if text is self.text else sum_classes(text)
         loss, right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         with text_once(self.method):
-            for part, rows in _parts(batch, self.config.micro_batch):
+            for part, rows in _parts(batch, self.config.micro_batch) if batch else ():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
                     logits = split_logits(self.method(part, both), text)
                 part_loss, part_right = loss_and_right(logits, {k: y[rows] for k, y in labels.items()})
-                part_loss = part_loss * (len(part) / len(batch))
+                part_loss = part_loss * (len(part) / (size or len(batch)))
                 part_loss.backward()
                 loss, right = loss + part_loss.detach(), right + part_right
+        loss, right = sum_gradients(self.trained, loss, right)
         self.optimizer.step()
         return loss, right
 
@@ -677,11 +710,13 @@ class Trainer:
         class_rng = np.random.default_rng([c.seed, self.epoch, 1])
         loss, right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         steps = seen = 0
-        cuts = dict(rng=np.random.default_rng([c.seed, self.epoch, 2])) if c.method in PIXELS else {}
-        batches = Timed(self.split.streams.batches(order, rows, c.batch_size, context_rows, drop_last=len(order) >= c.batch_size, **cuts))
-        for positions, batch in batches:
+        whole, own, size = deal(len(order), c.batch_size)
+        wanted, cuts = (order, dict(rng=np.random.default_rng([c.seed, self.epoch, 2]), own=own)) if c.method in PIXELS else (order[own], {})
+        batches = Timed(self.split.streams.batches(wanted, rows, size, context_rows, **cuts))
+        for places, (_, batch) in zip_longest(whole, batches, fillvalue=(None, None)):
+            positions = order[places]
             text, labels = self.competing(positions, class_rng)
-            step_loss, step_right = self.step(batch, labels, text)
+            step_loss, step_right = self.step(batch, {k: mine(y) for k, y in labels.items()}, text, len(positions))
             loss, right, steps, seen = loss + step_loss, right + step_right, steps + 1, seen + len(positions)
         return self.end_epoch(float(loss), float(right), steps, seen, time.perf_counter() - begin, batches.waited)
 
@@ -692,8 +727,11 @@ class Trainer:
                             history=self.history, best=selection and selection.best), part)
 
     def load(self, path: Path, selection: "Selection | None" = None) -> None:
-        "Goes on from a checkpoint."
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        "Goes on from a checkpoint. Raises `DataError` if it is damaged or none of this run, and changes nothing then."
+        self.resume(_read_checkpoint(path, self.device, self.method, self.optimizer), selection)
+
+    def resume(self, state: dict, selection: "Selection | None" = None) -> None:
+        "Goes on from what a checkpoint holds."
         self.method.load_state_dict(state["method"])
         ours = [{k: group[k] for k in ("lr", "fused", "capturable") if k in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -703,7 +741,7 @@ class Trainer:
         if selection:
             selection.best = state["best"]
 
-# %% ../nbs/20_training.ipynb #af778c97
+# %% ../nbs/20_training.ipynb #d01486b4
 @dataclass
 class RunResult:
     "What a run left behind."
@@ -715,11 +753,15 @@ class RunResult:
 
     @classmethod
     def read(cls, folder: str | Path) -> "RunResult":
-        "Reads a finished run."
+        "Reads a finished run. Raises `DataError` if one of its files is damaged."
         folder = Path(folder)
-        history = folder / "history.csv"
-        return cls(folder, settings(TrainConfig, read_json(folder / "config.json")), read_json(folder / "metrics.json"),
-                   pd.read_csv(history) if history.exists() else pd.DataFrame())
+        try:
+            history = pd.read_csv(folder / "history.csv")
+        except FileNotFoundError:
+            history = pd.DataFrame()
+        except ValueError as e:
+            raise DataError(f"{folder / 'history.csv'} is damaged ({brief(e, 200)}): delete {folder} and run it again") from None
+        return cls(folder, settings(TrainConfig, read_json(folder / "config.json", dict)), read_json(folder / "metrics.json", dict), history)
 
     @property
     def table(self) -> pd.DataFrame:
@@ -807,7 +849,19 @@ class Selection:
             self.best = dict(epoch=self.trainer.epoch, value=value, state=state)
         return value
 
-# %% ../nbs/20_training.ipynb #3aaa4cc2
+# %% ../nbs/20_training.ipynb #d85f025f
+def test_batches(
+    split: Split,
+    config: TrainConfig,
+    positions: np.ndarray | None = None,  # which segments; None: all
+    batch_size: int = 256,  # of methods that read features; those that read pixels keep the size they are trained with
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    "The segments of a split at the bin centres, each once."
+    rows, context_rows = split.rows(config.frames)
+    order = np.arange(len(split.segments)) if positions is None else positions
+    return split.streams.batches(order, rows, config.batch_size if config.method in PIXELS else batch_size, context_rows)
+
+
 def evaluate(
     method: nn.Module,
     split: Split,
@@ -817,10 +871,19 @@ def evaluate(
     positions: np.ndarray | None = None,  # which segments; None: all
 ) -> dict[str, pd.DataFrame]:  # by kind, see `evaluation.predict`
     "Predictions for the segments of a split, at the bin centres, each segment once."
-    rows, context_rows = split.rows(config.frames)
     order = np.arange(len(split.segments)) if positions is None else positions
-    size = config.batch_size if config.method in PIXELS else 256
-    return predict(method, split.streams.batches(order, rows, size, context_rows), text, split.labels, subsets)
+    own = mine(order)
+    parts = gather(predict(method, test_batches(split, config, own), text, split.labels, subsets) if len(own) else None)
+    if len(parts) == 1:
+        return parts[0]
+    return {kind: _in_order([part[kind] for part in parts if part], order) for kind in text}
+
+
+def _in_order(tables: list[pd.DataFrame], order: np.ndarray) -> pd.DataFrame:
+    "The tables of several processes as one process would have made them."
+    place = np.empty(order.max() + 1, np.int64)
+    place[order] = np.arange(len(order))
+    return pd.concat(tables).sort_values("position", key=lambda p: place[p], ignore_index=True)
 
 # %% ../nbs/20_training.ipynb #021ea683
 def _claim(folder: Path, config: TrainConfig) -> None:
@@ -834,7 +897,7 @@ def _claim(folder: Path, config: TrainConfig) -> None:
     else:
         write_json(path, ours)
 
-# %% ../nbs/20_training.ipynb #25e33080
+# %% ../nbs/20_training.ipynb #71dcefff
 def _selection(config: TrainConfig, trainer: Trainer, data: RunData, tests: dict[str, Split]) -> Selection | None:
     "Who judges the epochs; takes held-out videos from the trainer."
     if config.selection == "source validation":
@@ -847,22 +910,32 @@ def _selection(config: TrainConfig, trainer: Trainer, data: RunData, tests: dict
     return None
 
 
+def _found(checkpoint: Path, trainer: Trainer) -> dict | None:
+    "What the checkpoint of an earlier attempt holds; None if there is none, or a damaged one."
+    try:
+        return _read_checkpoint(checkpoint, trainer.device, trainer.method, trainer.optimizer) if checkpoint.exists() else None
+    except DataError as e:
+        warnings.warn(f"{e}; so it does now")
+        return None
+
+
 def _fit(config: TrainConfig, folder: Path, data: RunData, tests: dict[str, Split], method: nn.Module,
          ) -> tuple[nn.Module, dict | None, list[dict]]:
     "Trains to the last epoch, saving a checkpoint after each; the method ends up with the selected weights."
     trainer = Trainer(config, method, data.text[config.dataset], data.split(config.dataset, "train"), data.device)
     selection = _selection(config, trainer, data, tests)
     checkpoint = folder / "checkpoint.pt"
-    if checkpoint.exists():
-        trainer.load(checkpoint, selection)
+    if state := from_first(lambda: _found(checkpoint, trainer)):
+        trainer.resume(state, selection)
     with tqdm(total=config.epochs, initial=trainer.epoch, unit="epoch", mininterval=1, disable=None if config.progress else True) as bar:
         while trainer.epoch < config.epochs:
             line = trainer.run_epoch()
             if selection:
                 line["selection_top1"] = selection.look()
-            trainer.save(checkpoint, selection)
-            with whole_file(folder / "history.csv") as part:
-                pd.DataFrame(trainer.history).to_csv(part, index=False)
+            if is_first():
+                trainer.save(checkpoint, selection)
+                with whole_file(folder / "history.csv") as part:
+                    pd.DataFrame(trainer.history).to_csv(part, index=False)
             bar.set_postfix(loss=f"{line['loss']:.3f}", top1=f"{line['train_top1']:.1f}%", refresh=False)
             bar.update()
     selected = None
@@ -871,7 +944,7 @@ def _fit(config: TrainConfig, folder: Path, data: RunData, tests: dict[str, Spli
         selected = dict(epoch=selection.best["epoch"], value=selection.best["value"])
     return method, selected, trainer.history
 
-# %% ../nbs/20_training.ipynb #f0c0d8d0
+# %% ../nbs/20_training.ipynb #4a937386
 def _evaluate_all(config: TrainConfig, folder: Path, data: RunData, tests: dict[str, Split], method: nn.Module) -> dict:
     "Accuracies on every dataset, with the numbers of segments and of competing classes; leaves predictions.csv in the folder."
     results, classes, predictions = {}, {}, []
@@ -884,14 +957,15 @@ def _evaluate_all(config: TrainConfig, folder: Path, data: RunData, tests: dict[
         for kind, table in tables.items():
             ids = split.segments.segment_id.to_numpy()[table.position]
             predictions.append(table.drop(columns="position").assign(dataset=dataset, kind=kind, segment_id=ids))
-    with whole_file(folder / "predictions.csv") as part:
-        pd.concat(predictions).to_csv(part, index=False, float_format="%.6g")
+    if is_first():
+        with whole_file(folder / "predictions.csv") as part:
+            pd.concat(predictions).to_csv(part, index=False, float_format="%.6g")
     return dict(
         results=results, harmonic_means=harmonic_means(results), classes=classes,
         segments={d: dict(segments=s.total, with_features=len(s.segments), missing=s.total - len(s.segments)) for d, s in tests.items()},
         features={d: {f"{v.folder.name} {v.manifest['fingerprint']}": v.manifest for v in s.streams.views} for d, s in tests.items()})
 
-# %% ../nbs/20_training.ipynb #ae234c35
+# %% ../nbs/20_training.ipynb #ba3bc5f0
 def train(
     config: TrainConfig,
     data: RunData | None = None,  # what it reads, where that is there already
@@ -899,27 +973,46 @@ def train(
     "Trains and evaluates one run; returns at once if it is done, goes on where it was killed. Raises `DataError` on bad settings or data."
     config = resolve(config)
     folder = run_folder(config)
-    _claim(folder, config)
-    if (folder / "metrics.json").exists():
-        return RunResult.read(folder)
+    if is_first():
+        _claim(folder, config)
+    if from_first((folder / "metrics.json").exists):
+        return from_first(lambda: RunResult.read(folder))
     begin = time.perf_counter()
     device = pick_device(config.device)
-    data = data or RunData(config, device)
+    with first_ahead():
+        data = data or RunData(config, device)
     tests = {d: data.split(d, "test") for d in [config.dataset, *config.targets]}
     method, selected, history = data.method().to(device), None, []
     if config.method not in UNTRAINED:
         method, selected, history = _fit(config, folder, data, tests, method)
-    metrics = _evaluate_all(config, folder, data, tests, method)
-    with whole_file(folder / "model.safetensors") as part:
-        save_file({k: v.contiguous().cpu() for k, v in method.state_dict().items()}, part)
-    write_json(folder / "metrics.json", metrics | dict(
+    metrics = _evaluate_all(config, folder, data, tests, method) | dict(
         selection=dict(rule=config.selection, **(selected or {})), parameters=trained_parameters(method), seed=config.seed,
         seconds=round(sum(line["seconds"] for line in history), 3), seconds_in_all=round(time.perf_counter() - begin, 3),
-        peak_memory=peak_memory(device), versions=provenance(device)))
+        peak_memory=peak_memory(device), versions=provenance(device), **(dict(processes=world()[1]) if world()[1] > 1 else {}))
+    return from_first(lambda: _finish(folder, method, metrics))
+
+
+def _finish(folder: Path, method: nn.Module, metrics: dict) -> RunResult:
+    "Writes what a run leaves; the checkpoint goes last."
+    with whole_file(folder / "model.safetensors") as part:
+        save_file({k: v.contiguous().cpu() for k, v in method.state_dict().items()}, part)
+    write_json(folder / "metrics.json", metrics)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return RunResult.read(folder)
 
-# %% ../nbs/20_training.ipynb #e0015bdb
+# %% ../nbs/20_training.ipynb #de2b80df
+def load_trained(
+    method: nn.Module,
+    path: str | Path,  # model.safetensors of a run
+) -> None:
+    "Copies the trained weights of a run into its method; raises `DataError` if they are damaged, or another method's."
+    try:
+        method.load_state_dict(load_file(path))
+        if odd := [name for name, tensor in method.state_dict().items() if tensor.isnan().any()]: raise ValueError(f"{odd[0]} is not a number")
+    except Exception as e:
+        raise DataError(f"{path}: not the weights of this run ({type(e).__name__}: {brief(' '.join(str(e).split()), 300)}); it may be cut short") from None
+
+
 def restore(
     run: RunResult,
     device: torch.device,
@@ -927,7 +1020,7 @@ def restore(
     "The data of a finished run, and its method with the trained weights."
     data = RunData(run.config, device)
     method = data.method()
-    method.load_state_dict(load_file(run.folder / "model.safetensors"))
+    load_trained(method, run.folder / "model.safetensors")
     return data, method.to(device).eval()
 
 # %% ../nbs/20_training.ipynb #b1b10ebd
