@@ -60,12 +60,12 @@ def stored_rows(
     return np.maximum(1, np.ceil((segments.stop_sec - segments.start_sec) * fps)).astype(int).to_numpy()
 
 
-def generate(store: Path, segments: pd.DataFrame, rows: np.ndarray, fps: float | None) -> None:
+def generate(store: Path, segments: pd.DataFrame, rows: np.ndarray, fps: float | None, dim: int = DIM) -> None:
     "Writes both views, a shard for each video: each segment is a piece of one random block, from a place of its own."
     rng = np.random.default_rng(0)
-    block = torch.from_numpy(rng.standard_normal((8192 + rows.max(), DIM), np.float32)).half()
+    block = torch.from_numpy(rng.standard_normal((8192 + rows.max(), dim), np.float32)).half()
     for view in VIEWS:
-        write_json(store / view / "manifest.json", dict(dim=DIM, fingerprint="generated", view=view, feature_fps=fps or "every frame"))
+        write_json(store / view / "manifest.json", dict(dim=dim, fingerprint="generated", view=view, feature_fps=fps or "every frame"))
         for video, part in tqdm(segments.assign(rows=rows).groupby("video_id"), desc=f"writing {view}", unit="video", mininterval=2, disable=None):
             offsets = rng.integers(0, 8192, len(part))
             write_shard(store / view / shard_name(video), [

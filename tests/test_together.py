@@ -1,5 +1,6 @@
 """Runs trained in one pass against the same runs trained alone."""
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 from test_training import config, made, make_dataset, same, weights  # noqa: F401
 from xmic import together
 from xmic.files import DataError
-from xmic.together import Together, alike, train_together
+from xmic.together import Together, alike
 from xmic.training import TrainConfig, resolve, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
+train_together = partial(together.train_together, stacked=True)
 DIFFERENT = [dict(), dict(seed=1, lr=1e-3, betas=[0.9, 0.999], weight_decay=0.3), dict(scale=1.0, schedule="cosine", warmup_epochs=2, warmup_lr=1e-5)]
 
 
@@ -108,6 +110,14 @@ def test_what_cannot_be_stacked_is_trained_alone(config, monkeypatch):
     for changes in (dict(resident=False), dict(selection="source validation", validation_fraction=0.3), dict(method="zero_shot")):
         configs = [replace(config, seed=s, **changes) for s in (0, 1)]
         assert all((run.folder / "metrics.json").exists() for run in train_together(configs))
+
+
+def test_on_a_cpu_runs_follow_each_other_and_read_once(config, monkeypatch):
+    monkeypatch.setattr(Together, "__init__", None)
+    configs, read, original = variants(config, "run"), [], together.RunData.split
+    monkeypatch.setattr(together.RunData, "split", lambda self, *which: read.append(which) or original(self, *which))
+    assert all(same(run, train(alone)) for run, alone in zip(together.train_together(configs), variants(config, "alone")))
+    assert len(read) == 2 + 2 * len(configs)  # train and test: once for the group, and once for each alone
 
 
 def test_groups_share_data_and_shapes(config):

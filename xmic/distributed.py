@@ -6,7 +6,7 @@
 __all__ = ['Items', 'T', 'COMMANDS', 'world', 'is_first', 'mine', 'deal', 'sum_gradients', 'gather', 'from_first', 'first_ahead',
            'deal_videos', 'launched', 'main']
 
-# %% ../nbs/10_distributed.ipynb #34becf46
+# %% ../nbs/10_distributed.ipynb #5dcc18c2
 import heapq
 import os
 import sys

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FREE', 'STACKED', 'alike', 'Together', 'train_together']
 
-# %% ../nbs/23_together.ipynb #196a0346
+# %% ../nbs/23_together.ipynb #29d0d52c
 import time
 from copy import copy
 from dataclasses import asdict
@@ -118,7 +118,7 @@ class _OneReading(RunData):
         own.config = config
         return own
 
-# %% ../nbs/23_together.ipynb #6fbf4f12
+# %% ../nbs/23_together.ipynb #f90934da
 def _fit_together(configs: list[TrainConfig], data: _OneReading) -> None:
     "Leaves every run with the checkpoint of its last epoch."
     trainers, last = [], configs[0].epochs
@@ -141,11 +141,12 @@ def _fit_together(configs: list[TrainConfig], data: _OneReading) -> None:
                     pd.DataFrame(t.history).to_csv(part, index=False)
             bar.update()
 
-# %% ../nbs/23_together.ipynb #70f3d06d
+# %% ../nbs/23_together.ipynb #43bfdb0c
 def train_together(
     configs: Sequence[TrainConfig],
+    stacked: bool | None = None,  # in one pass; None: on a GPU
 ) -> list[RunResult]:  # in the order given
-    "Trains and evaluates runs, those that are alike in one pass; finished ones are read, killed ones go on. Raises `DataError` as `train` does."
+    "Trains and evaluates runs; those that are alike read their data once and can take one pass. Finished ones are read, killed ones go on."
     configs = [resolve(c) for c in configs]
     folders = [run_folder(c) for c in configs]
     if twice := [str(f) for i, f in enumerate(folders) if f in folders[:i]]:
@@ -155,7 +156,7 @@ def train_together(
     for group in alike(configs):
         left = [c for c in group if not (run_folder(c) / "metrics.json").exists()]
         data = _OneReading(left[0], pick_device(left[0].device)) if len(left) > 1 else None
-        if data:
+        if data and (data.device.type == "cuda" if stacked is None else stacked):
             _fit_together(left, data)
         for c in left:
             train(c, data and data.of(c))
