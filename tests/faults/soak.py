@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import psutil
 
 from videos import numbered_frame, write_video
@@ -27,7 +26,7 @@ def write_soak_world(root: Path, videos: int) -> Path:
     for v in range(videos):
         write_video(root / "videos" / f"v{v:05d}.mp4", FRAMES, size=SIZE, images=[numbered_frame(v + 7 * i, SIZE) for i in range(FRAMES)])
         for s, (start, stop) in enumerate(((0.0, 0.3), (0.2, 0.48))):
-            rows.append(dict(segment_id=f"v{v:05d}_{s}", video_id=f"v{v:05d}", start_sec=start, stop_sec=stop, verb="take", noun="pan", narration="", split="train"))
+            rows.append(dict(segment_id=f"v{v:05d}_{s}", video_id=f"v{v:05d}", start_sec=start, stop_sec=stop, verb="take", noun="pan", split="train"))
             boxes.append(dict(segment_id=f"v{v:05d}_{s}", frame=5, left=10, top=8, right=50, bottom=40))
     for name, lines in (("segments.csv", rows), ("hand_boxes.csv", boxes)):
         with open(root / name, "w", newline="") as f:
@@ -37,7 +36,7 @@ def write_soak_world(root: Path, videos: int) -> Path:
     return root
 
 
-def soak(folder: Path, videos: int, rng: random.Random, seconds_between: float = 0.6) -> dict:  # seconds of processor time, which other work does not stretch
+def soak(folder: Path, videos: int, rng: random.Random, seconds_between: float = 0.25) -> dict:  # seconds of processor time, which other work does not stretch
     "Extracts the videos undisturbed, and once more with kills; counts kills, and shards that were wrong, lost or different."
     world = write_soak_world(folder / "world", videos)
     settings = {name: [asdict(extract_config(world, folder / name, workers=workers, splits=["train"])) for workers in (0, 1)] for name in ("whole", "killed")}
@@ -68,7 +67,7 @@ def soak(folder: Path, videos: int, rng: random.Random, seconds_between: float =
 
 
 def _stamps(features: Path) -> dict[str, tuple]:
-    return {str(p.relative_to(features)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in features.glob("*/*/*/[!.]*.safetensors")} if features.exists() else {}
+    return {str(p.relative_to(features)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in features.glob("*/*/*/[!.]*.safetensors")}
 
 
 def _killed(job, settings: dict, after: float, worker_instead: bool, count: dict) -> int:  # exit code
