@@ -17,6 +17,7 @@ LONG = {name for name, run in PLAN.runs.items() if run.parameters.get("method") 
 # Reports may be there without their runs, in a fresh clone: what was made here has a file beside the runs that says so.
 TABLES = [path for n in PLAN.tables for path in (f"{PROFILE.runs_root}/table{n}/done", f"{PROFILE.reports}/table{n}.md")]
 CLIPS = [f"{PROFILE.runs_root}/clips/done", f"{PROFILE.reports}/clips.html"] * bool(FIRST)
+SHARDS = int(config.get("shards") or 1)  # jobs for each store of features or frames, each with videos of its own
 WORLD = f"{PROFILE.data}/world.json"
 LIBRARY = ["xmic/reporting.py", "xmic/experiments.py"]
 ANNOTATIONS = {} if MINI else {name: experiments.annotations(PROFILE, store) for name, store in PLAN.stores.items()}
@@ -35,6 +36,16 @@ def weights(store):
     return [path] if os.path.exists(path) else []
 
 
+def asks(gpu, memory, hours):
+    "What a job asks a cluster for, in GB and hours; one that failed is given twice as much when it is tried again."
+    return dict(gpu=gpu, mem_mb=lambda w, attempt: 1000 * memory * 2 ** (attempt - 1), runtime=lambda w, attempt: 60 * hours * 2 ** (attempt - 1))
+
+
+def sources(w):
+    "What a store is made from."
+    return [WORLD, *weights(w.store)] if MINI else [ancient(path) for path in ANNOTATIONS[w.store]]
+
+
 def one_of(names):
     return "|".join(map(re.escape, sorted(names))) or "(?!)"
 
@@ -42,6 +53,7 @@ def one_of(names):
 wildcard_constraints:
     store=one_of(PLAN.stores),
     number=one_of(map(str, PLAN.tables)),
+    part=r"\d+",
 
 
 localrules: all, world, first_rows
@@ -63,14 +75,15 @@ rule extract:
     message: "features: {wildcards.store}"
     wildcard_constraints: store=one_of(name for name, store in PLAN.stores.items() if store.notebook == "extract" and name not in FIRST_STORES)
     input:
-        lambda w: [WORLD, *weights(w.store)] if MINI else [ancient(path) for path in ANNOTATIONS[w.store]],
+        sources,
+        lambda w: [f"{PROFILE.features_root}/jobs/{w.store}/part{i}of{SHARDS}" for i in range(SHARDS) if SHARDS > 1],
         notebook=lambda w: ancient(f"nbs/{PLAN.stores[w.store].notebook}.ipynb"),
     priority: 5
     output: touch(f"{PROFILE.features_root}/jobs/{{store}}/done")
     log: notebook=f"{PROFILE.features_root}/jobs/{{store}}/extract.ipynb", text=f"{PROFILE.features_root}/jobs/{{store}}/job.log"
     params: settings=lambda w: json.dumps(PLAN.stores[w.store].parameters)
     threads: PROFILE.threads
-    resources: gpu=PROFILE.gpus
+    resources: **asks(PROFILE.gpus, 32, 48 if SHARDS == 1 else 8)
     shell: PAPERMILL
 
 
@@ -83,6 +96,21 @@ use rule extract as store_frames with:
     message: "frames: {wildcards.store}"
     wildcard_constraints: store=one_of(name for name, store in PLAN.stores.items() if store.notebook == "store_frames")
     priority: 4
+    resources: **asks(0, 32, 48 if SHARDS == 1 else 8)
+
+
+rule part:
+    message: "{wildcards.store}, part {wildcards.part} of {SHARDS}"
+    input: sources
+    output: touch(f"{PROFILE.features_root}/jobs/{{store}}/part{{part}}of{SHARDS}")
+    log: text=f"{PROFILE.features_root}/jobs/{{store}}/part{{part}}of{SHARDS}.log"
+    params:
+        command=lambda w: PLAN.stores[w.store].notebook,
+        settings=lambda w: json.dumps(PLAN.stores[w.store].parameters | dict(rank=int(w.part), world=SHARDS, progress=False)),
+    priority: 6
+    threads: PROFILE.threads
+    resources: **(asks(0, 32, -(-48 // SHARDS)) | dict(gpu=lambda w: PROFILE.gpus if PLAN.stores[w.store].notebook == "extract" else 0))
+    shell: "printf %s {params.settings:q} > {output}.json && python -m xmic.distributed {params.command} {output}.json > {log.text} 2>&1"
 
 
 rule run:
@@ -95,7 +123,7 @@ rule run:
     wildcard_constraints: run=one_of(set(PLAN.runs) - set(FIRST) - LONG)
     params: settings=lambda w: json.dumps(PLAN.runs[w.run].parameters)
     threads: PROFILE.threads
-    resources: gpu=PROFILE.gpus
+    resources: **asks(PROFILE.gpus, 64, 12)
     shell: PAPERMILL
 
 
@@ -107,6 +135,7 @@ use rule run as first_run with:
 use rule run as long_run with:  # early, so that no core is idle at the end
     wildcard_constraints: run=one_of(LONG)
     priority: 3
+    resources: **asks(PROFILE.gpus, 64, 96)
 
 
 rule first_rows:
@@ -127,6 +156,7 @@ rule table:
     output: [f"{PROFILE.reports}/table{{number}}.{ending}" for ending in ("md", "csv", "tex", "svg", "png")], touch(f"{PROFILE.runs_root}/table{{number}}/done")
     log: notebook=f"{PROFILE.runs_root}/table{{number}}/table.ipynb", text=f"{PROFILE.runs_root}/table{{number}}/job.log"
     params: settings=json.dumps(CHOICE)
+    resources: **asks(0, 8, 1)
     shell: PAPERMILL
 
 
@@ -140,6 +170,7 @@ rule report:
     output: f"{PROFILE.reports}/index.html", f"{PROFILE.reports}/runs.csv", f"{PROFILE.reports}/differences.csv", touch(f"{PROFILE.runs_root}/report/done")
     log: notebook=f"{PROFILE.runs_root}/report/report.ipynb", text=f"{PROFILE.runs_root}/report/job.log"
     params: settings=json.dumps(dict(CHOICE, tables=" ".join(map(str, PLAN.tables))))
+    resources: **asks(0, 16, 2)
     shell: PAGE
 
 
@@ -151,6 +182,7 @@ rule clips:
     output: f"{PROFILE.reports}/clips.html", touch(f"{PROFILE.runs_root}/clips/done")
     log: notebook=f"{PROFILE.runs_root}/clips/clips.ipynb", text=f"{PROFILE.runs_root}/clips/job.log"
     params: settings=json.dumps({k: v for k, v in CHOICE.items() if k != "seeds"})
+    resources: **asks(0, 16, 2)
     shell: PAGE
 
 

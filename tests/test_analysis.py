@@ -309,7 +309,7 @@ def test_draws_have_the_right_spread():
 def cells(world) -> pd.DataFrame:
     rows = [("ZS CLIP", ["zero_shot"]), ("X-MIC", [f"xmic-noun-{s}" for s in range(3)]), ("A5", ["nowhere"])]
     columns = {"epic": ("epic", "top1"), "csv": ("csv", "top1"), "hm": ("", "epic+csv"), "shared": ("csv", "shared"), "hm2": ("", "csv shared+novel")}
-    return pd.DataFrame([dict(source="epic", method=m, variant="", kind="noun", column=c, dataset=d, measure=of, runs=names)
+    return pd.DataFrame([dict(table=1, source="epic", method=m, variant="", kind="noun", column=c, dataset=d, measure=of, runs=names)
                          for c, (d, of) in columns.items() for m, names in rows])
 
 

@@ -263,6 +263,7 @@ def epic(tmp_path_factory):
         table[f"{end}_timestamp"] = table[f"{end}_sec"].map(lambda s: f"00:00:{s:05.2f}")
     for split, name in (("train", "train"), ("test", "validation")):
         table[table.split == split].to_csv(root / f"EPIC_100_{name}.csv", index=False)
+    table[table.split == "test"].drop(columns=["noun", "verb", "noun_class", "verb_class", "narration"]).to_csv(root / "EPIC_100_test_timestamps.csv", index=False)
     return folder
 
 
@@ -297,6 +298,24 @@ def test_from_two_runs_to_the_measures(epic, tmp_path):
     hits = pd.DataFrame({kind: own.label == own.predicted for kind, own in lines.items()}).all(axis=1)
     assert found.loc["all_action_accuracy_at_1", "value"] == pytest.approx(100 * hits.mean())
     assert found.loc["unseen_action_accuracy_at_1", "value"] == pytest.approx(100 * hits[hits.index.str.startswith("v4_")].mean())
+
+
+def test_a_submission_for_the_challenges_own_list_needs_no_label(epic, tmp_path):
+    both = run(epic, labels="both")
+    known, unknown = (submission_of_runs(tmp_path / f"{split}.zip", both.folder, both.folder, (5, 3, 3), split=split) for split in ("test", "challenge"))
+    assert known.read_bytes() == unknown.read_bytes()  # the same segments, told without their labels
+
+
+def test_a_submission_lacks_no_segment(epic, tmp_path):
+    made, lists = run(epic, labels="both"), epic / "epic" / "EPIC_100_test_timestamps.csv"
+    before = lists.read_text()
+    lists.write_text(before + before.splitlines()[-1].replace("v", "w") + "\n")
+    try:
+        with pytest.raises(DataError, match="without scores.*w"):
+            submission_of_runs(tmp_path / "s.zip", made.folder, made.folder, (5, 3, 3), split="challenge")
+    finally:
+        lists.write_text(before)
+    assert not (tmp_path / "s.zip").exists()
 
 
 def test_runs_without_scores_are_refused(epic, tmp_path):

@@ -21,6 +21,7 @@ import pytest
 import timm
 import torch
 from open_clip.model import CLIP
+from open_clip.transformer import QuickGELU, VisionTransformer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -30,6 +31,7 @@ from xmic.encoders import (DINOV2_NAMES, ClassEmbeddings, Encoder, build_model, 
 from xmic.files import DataError
 from xmic.pixels import CLIP_MEAN, CLIP_STD, Preprocess
 from xmic.text import TextTower
+from xmic.towers import fast_tower
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*RANDOM weights"),
               pytest.mark.filterwarnings("ignore:.*(deprecated|TracerWarning):"),
@@ -801,3 +803,97 @@ def test_a_bad_cache_file_is_made_again(encoder, tmp_path, fault):
     with pytest.warns(UserWarning, match="made again"): again = embed_classes(encoder, NAMES, tmp_path)
     assert torch.equal(again.text, first.text)
     assert torch.equal(load_file(path)["text"], first.text)
+
+
+# --- the fast way ---------------------------------------------------------------------------------------------------
+
+def eye(heads: int = 2, **more) -> torch.nn.Module:
+    "A small vision transformer of open_clip with weights that matter everywhere."
+    torch.manual_seed(0)
+    tower = VisionTransformer(32, 8, 64, 3, heads, 4.0, output_dim=24, **more).eval().double().requires_grad_(False)
+    for name, weight in tower.named_parameters():
+        if "bias" in name or "ln_" in name or "ls_" in name: weight.normal_(0.5, 0.3)
+    return tower
+
+
+def vit(name: str = "vit_tiny_patch16_224", **more) -> torch.nn.Module:
+    torch.manual_seed(0)
+    tower = timm.create_model(name, **dict(dict(num_classes=0, depth=3, img_size=32, patch_size=8, embed_dim=48, num_heads=3), **more)).eval().double().requires_grad_(False)
+    for weight in tower.parameters(): weight.normal_(0, 0.2)
+    return tower
+
+
+@pytest.mark.parametrize("tower", [
+    eye(), eye(act_layer=QuickGELU), eye(no_ln_pre=True, ls_init_value=0.1), eye(final_ln_after_pool=True),
+    vit(), vit("vit_small_patch14_dinov2", init_values=0.1), vit("vit_small_patch14_reg4_dinov2"), vit(qkv_bias=False),
+    vit(qk_norm=True), vit(pre_norm=True), vit("vit_giant_patch14_dinov2", depth=2)], ids=lambda t: type(t).__module__)
+def test_the_fast_tower_is_the_tower(tower):
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in ((0.5, 0.4, 0.3), (0.2, 0.3, 0.25)))
+    pixels = torch.from_numpy(frames(5, 32, 32)).permute(0, 3, 1, 2).double()
+    before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
+    with torch.inference_mode():
+        expected, found = tower((pixels / 255 - mean) / std), fast_tower(tower, mean, std)(pixels - 128)
+    assert expected.std() > 0.1 and (found - expected).abs().max() < 1e-12 * expected.abs().max()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tower.state_dict().items())
+
+
+@pytest.mark.parametrize("tower", [eye(pool_type="avg"), eye(attentional_pool=True), eye(output_tokens=True), eye(qk_norm=True), vit(global_pool="avg"),
+                                   vit(global_pool="map", class_token=False), torch.nn.Linear(3, 2)], ids=lambda t: type(t).__module__)
+def test_towers_that_read_more_than_the_class_token_stay_as_they_are(tower):
+    assert fast_tower(tower, torch.zeros(1, 3, 1, 1).double(), torch.ones(1, 3, 1, 1).double()) is None
+
+
+@pytest.mark.parametrize("name", ["mini-clip", "mini-clip-large", "mini-dino"])
+def test_the_kits_encoders_take_the_fast_way_with_weights_shared(name):
+    encoder = create_encoder(name, device="cpu")
+    side, fast = encoder.preprocess.size, encoder._fast_tower()
+    pixels = frames(5, side, side)
+    torch.testing.assert_close(encoder.encode_pixels(pixels), encoder.encode_pixels(pixels, plain=True), rtol=1e-4, atol=1e-5)
+    own = {p.data_ptr() for p in encoder.model.parameters()}
+    assert sum(p.data_ptr() not in own for p in fast.parameters()) == 2  # the patch convolution's weight and bias
+    assert encoder.with_resize("squash").model is encoder.model and copy.deepcopy(encoder).fingerprint == encoder.fingerprint
+
+
+@pytest.mark.parametrize("name", ["mini-clip", "mini-dino"])
+def test_the_fast_way_is_no_less_exact_in_bfloat16(name):
+    encoder, half = create_encoder(name, device="cpu"), create_encoder(name, device="cpu", precision="bf16")
+    side = encoder.preprocess.size
+    pixels = np.kron(frames(12, side // 8, side // 8), np.ones((1, 8, 8, 1), np.uint8))
+    truth = encoder.encode_pixels(pixels, plain=True)
+    plain, fast = (float((half.encode_pixels(pixels, plain=p) - truth).norm() / truth.norm()) for p in (True, False))
+    assert 0 < fast < 1.25 * plain < 0.02
+
+
+def test_batches_of_one_size_are_filled_up_and_give_the_same_bits_at_every_place(encoder):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several share a matrix by its rows, and a row's place then decides how it is summed
+    try:
+        pixels = frames(21, 32, 32)
+        whole = encoder.encode_batch(pixels, 8, record=False)
+        assert whole.shape == (21, 24) and not whole.is_inference()
+        torch.testing.assert_close(whole, encoder.encode_pixels(pixels), rtol=1e-4, atol=1e-5)
+        order = np.random.default_rng(0).permutation(21)
+        assert torch.equal(encoder.encode_batch(pixels[order], 8, record=False), whole[torch.from_numpy(order)])
+        assert torch.equal(encoder.encode_batch(pixels[3:7], 8, record=False), whole[3:7])
+        assert encoder.encode_batch(pixels[:0], 8).shape == (0, 24)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_where_no_graph_can_be_recorded_encoding_goes_on(encoder, monkeypatch):
+    def no_stream(*_): raise RuntimeError("no capture here")
+    monkeypatch.setattr(torch.cuda, "Stream", no_stream)
+    with pytest.warns(UserWarning, match="no capture here"):
+        features = encoder.encode_batch(frames(3, 32, 32), 5, record=True)
+    torch.testing.assert_close(features, encoder.encode_pixels(frames(3, 32, 32)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_recorded_pass_gives_what_the_plain_way_gives(files):
+    fast, pixels = create_encoder(QUICK, files / "plain.safetensors"), frames(21, 32, 32)
+    recorded = fast.encode_batch(pixels, 8)
+    assert next(iter(fast._passes.values())).graph is not None
+    torch.testing.assert_close(recorded, fast.encode_batch(pixels, 8, record=False), rtol=1e-2, atol=1e-2)
+    assert torch.cosine_similarity(recorded, fast.encode_pixels(pixels, plain=True)).min() > 0.999
+    torch.testing.assert_close(fast.encode_batch(pixels, 8), recorded, rtol=0, atol=0)

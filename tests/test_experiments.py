@@ -1,9 +1,11 @@
 """The plan of all tables: names, sharing, what is missing, and that snakemake plans it for the real annotation files."""
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -259,3 +261,47 @@ def test_table_notebooks_have_the_parameters_of_the_workflow():
         (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
         assert [n.target.id for n in ast.parse(cell.source).body] == ["profile", "size", "data", "seeds", "runs_root", "out"]
         assert f"cells({table}, made, seeds)" in "".join(c.source for c in notebook.cells)
+
+
+@pytest.fixture
+def paper_data(tmp_path) -> Path:
+    "A folder that looks like the datasets, with empty annotation files and a place for all that is made."
+    write_json(tmp_path / "profile.json", {k: str(tmp_path / k) for k in ("runs_root", "features_root", "reports")})
+    for file in ("epic/EPIC_100_train.csv", "epic/EPIC_100_validation.csv", "epic/EPIC_100_noun_classes.csv", "epic/EPIC_100_verb_classes.csv",
+                 "ego4d/fho_lta_train.json", "ego4d/fho_lta_val.json", "egtea/noun_idx.txt", "egtea/verb_idx.txt",
+                 *(f"egtea/test_split{i}.txt" for i in (1, 2, 3))):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    return tmp_path
+
+
+def asked(*choices: str, options: tuple[str, ...], snakefile: Path) -> tuple[dict[str, list[dict[str, str]]], str]:
+    "By rule: the resources of its jobs in a dry run, which are said where a rule has no message of its own."
+    snakefile.write_text(re.sub(r"(?m)^    message: .*\n", "", (ROOT / "Snakefile").read_text(encoding="utf-8")), encoding="utf-8")
+    done = dry_run(*choices, options=("--snakefile", str(snakefile), "--directory", str(ROOT), *options))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, list[dict[str, str]]] = {}
+    for rule, words in re.findall(r"(?m)^(?:local)?rule (\w+):\n(?:    .*\n)*?    resources: (.*)$", done.stdout + done.stderr):
+        found.setdefault(rule, []).append(dict(w.split("=", 1) for w in words.split(", ")))
+    return found, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["slurm", "local"])
+def test_every_job_asks_for_gpu_memory_and_time(paper_data, name):
+    there = name != "slurm" or find_spec("snakemake_executor_plugin_slurm")
+    options = ("--profile", f"profiles/{name}") if there else ()  # without the plugin: what the rules say by themselves
+    jobs, said = asked("profile=paper", f"data={paper_data}", "shards=8", "tables=1 2", options=options, snakefile=paper_data / "Snakefile")
+    made = plan(profile("paper", data=str(paper_data)), "1 2")
+    assert len(jobs["part"]) == 8 * len(made.stores) and len(jobs["run"]) + len(jobs["first_run"]) == len(made.runs)
+    wanted = {"part": {"0", "1"}, "extract": {"1"}, "extract_first": {"1"}, "store_frames": {"0"}, "run": {"1"}, "first_run": {"1"}, "table": {"0"}}
+    for rule, gpus in wanted.items():
+        assert {j["gpu"] for j in jobs[rule]} == gpus and all(int(j["mem_mb"]) >= 8000 and int(j["runtime"]) >= 60 for j in jobs[rule])
+    if name == "slurm" and there:
+        assert {j["slurm_partition"] for j in jobs["part"]} == {"gpu"}
+
+
+@pytest.mark.slow
+def test_without_shards_a_store_is_one_job(paper_data):
+    jobs = planned(dry_run("profile=paper", f"data={paper_data}", "tables=3"))
+    assert "part" not in jobs and sum(jobs.get(rule, 0) for rule in ("extract", "extract_first", "store_frames")) == len(plan(profile("paper", data=str(paper_data)), "3").stores)

@@ -191,6 +191,60 @@ def test_killed_at_ten_random_moments_extraction_ends_in_the_same_bytes(tmp_path
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
+# --- batches --------------------------------------------------------------------------------------------------------
+
+def both_ways(world: Path, tmp_path: Path, monkeypatch, **more) -> tuple[list[int], list[int]]:
+    "Extracts with batches that end with their video, and with batches of one size; gives the sizes of the passes of each."
+    segments, boxes = read_csv(world), hand_boxes(config(world, tmp_path))
+    encoder, sizes = create_encoder(register_tiny(), "random", "cpu"), ([], [])
+    encode = type(encoder).encode_pixels
+    for across, seen in enumerate(sizes):
+        monkeypatch.setattr(type(encoder), "encode_pixels", lambda self, pixels, **k: seen.append(len(pixels)) or encode(self, pixels, **k))
+        extract(segments, encoder, FeatureStore(tmp_path / str(across)), ("full", "hand"), boxes, workers=0, batch_size=64, progress=False,
+                across_videos=bool(across), **more)
+    return sizes
+
+
+def test_batches_filled_across_videos_hold_the_same_features(world, tmp_path, monkeypatch):
+    own, across = both_ways(world, tmp_path, monkeypatch)
+    assert len(set(across)) == 1 and across[0] == 64 and len(across) == -(-sum(own) // 64) < len(own)
+    stores = [FeatureStore(tmp_path / str(i)) for i in range(2)]
+    assert not stores[1].verify() and stores[1].missing(read_csv(world)).empty
+    for view in ("full", "hand"):
+        assert stores[0].view(view).place == stores[1].view(view).place
+        for segment in read_csv(world).segment_id:
+            torch.testing.assert_close(stores[1].segment(segment, view), stores[0].segment(segment, view), rtol=2e-3, atol=2e-3)
+            assert torch.equal(stores[1].frames(segment, view), stores[0].frames(segment, view))
+
+
+def test_a_kill_loses_no_more_than_the_batches_that_were_under_way(world, tmp_path, monkeypatch):
+    encoder, segments = create_encoder(register_tiny(), "random", "cpu"), read_csv(world)
+    calls, encode = [], type(encoder).encode_batch
+
+    def breaks(self, pixels, size, record=None):
+        calls.append(len(pixels))
+        if len(calls) == 3: raise KeyboardInterrupt
+        return encode(self, pixels, size, record)
+    monkeypatch.setattr(type(encoder), "encode_batch", breaks)
+    settings = dict(view="full", workers=0, batch_size=64, progress=False, across_videos=True)
+    with pytest.raises(KeyboardInterrupt): extract(segments, encoder, FeatureStore(tmp_path), **settings)
+    store = FeatureStore(tmp_path)
+    written = set(store.view("full").place)
+    assert written == {"v0_0", "v0_1", "v1_0", "v1_1"} and store.verify() == []  # 128 of 200 crops, 50 a video
+    report = extract(segments, encoder, FeatureStore(tmp_path), **settings)
+    assert (report.present, report.extracted) == (4, 4) and FeatureStore(tmp_path).missing(segments).empty
+
+
+def test_a_video_without_a_crop_waits_its_turn(tmp_path):
+    register_tiny()
+    world = write_world(tmp_path / "world", videos=3, frames=60)
+    (world / "videos" / "v1.mp4").write_bytes(bytes(9000))
+    store = FeatureStore(tmp_path / "store")
+    report = extract(read_csv(world), create_encoder(register_tiny(), "random", "cpu"), store, workers=0, batch_size=512, progress=False,
+                     across_videos=True)
+    assert (report.extracted, set(report.failed)) == (4, {"v1_0", "v1_1"}) and set(store.failures("full")) == {"v1_0", "v1_1"}
+
+
 # Damage and repair; tests/faults injects it at random
 
 @pytest.fixture

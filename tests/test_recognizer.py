@@ -20,10 +20,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+def make_run(folder, **changes):
     world = write_world(folder / "world", videos=6)
-    common = dict(dataset="csv", data_root=str(world), encoder=register_tiny(), weights="random", features_root=str(folder / "features"),
-                  device="cpu", progress=False)
+    common: dict = dict(dataset="csv", data_root=str(world), encoder=register_tiny(), weights="random", features_root=str(folder / "features"),
+                  device="cpu", progress=False) | changes
     extract_dataset(ExtractConfig(**common, workers=0))
     return train(TrainConfig(**common, runs_root=str(folder / "runs"), epochs=2, warmup_epochs=1, batch_size=4))
 
@@ -39,10 +42,10 @@ def test_real_clips_with_the_whole_epic_class_list(run, shared_data):
         assert any("zero-shot" in note for note in found.notes) and any("no hand boxes" in note for note in found.notes)
 
 
-def test_it_gives_what_evaluation_predicts(run):
-    "Without boxes both views are the whole frame; with them the scores are those of the features."
-
-
+@pytest.mark.parametrize("resize", ["shortest", "squash"])
+def test_it_gives_what_evaluation_predicts(run, tmp_path, resize):
+    if resize != "shortest":
+        run = make_run(tmp_path, resize=resize)
     world = Path(run.config.data_root)
     predictions = pd.read_csv(run.folder / "predictions.csv")
     recognizer = Recognizer.from_pretrained(run.folder, device="cpu")
@@ -66,7 +69,6 @@ def replace_id(segment, segment_id):
 
 
 def test_saved_and_loaded_it_answers_the_same(run, tmp_path):
-
     video = next(Path(run.config.data_root, "videos").glob("*.mp4"))
     recognizer = Recognizer.from_pretrained(run.folder, device="cpu")
     recognizer.save_pretrained(tmp_path / "saved")
@@ -78,7 +80,6 @@ def test_saved_and_loaded_it_answers_the_same(run, tmp_path):
     (dict(), DataError, "give a list of nouns"), (dict(nouns=[]), DataError, "no names|name"), (dict(nouns=["a"], start=99.0), DataError, "no stretch"),
     (dict(nouns=["a"], start=1.0, stop=0.5), DataError, "no stretch"), (dict(nouns=["pan", "pan"]), DataError, "pan")])
 def test_wrong_questions_are_refused(run, arguments, error, message):
-
     video = next(Path(run.config.data_root, "videos").glob("*.mp4"))
     with pytest.raises(error, match=message):
         Recognizer.from_pretrained(run.folder, device="cpu").predict(video, **arguments)

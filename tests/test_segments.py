@@ -70,6 +70,13 @@ def test_real_epic(epic, split, rows, verbs, nouns, mean, hours):
         assert (read_classes("epic", epic, kind).labels(table[kind]) >= 0).all()
 
 
+def test_the_real_challenge_list_has_times_and_no_labels(epic):
+    table = well_formed(read_segments("epic", epic, "challenge"))
+    assert len(table) == 13092 and set(table["split"]) == {"test"} and (table[["verb", "noun", "narration"]] == "").all(axis=None)
+    first = table.iloc[0]
+    assert (first.segment_id, first.start_frame, first.stop_frame, first.start_sec, first.stop_sec) == ("P01_101_0", 143, 193, 2.86, 3.87)
+
+
 def test_real_epic_labels_and_times_are_those_of_the_file(epic):
     table, raw = read_epic(epic, "val"), pd.read_csv(epic / "annotations/EPIC_100_validation.csv")
     for kind in ("verb", "noun"):
@@ -252,7 +259,7 @@ def test_a_list_cut_in_the_middle_of_a_row(tmp_path):
 
 
 @pytest.mark.parametrize("call, says", [
-    (lambda root: read_epic(root, "test"), "no|public labels"), (lambda root: read_epic(root, media="film"), "'film'"),
+    (lambda root: read_epic(root, "tset"), "did you mean 'test'"), (lambda root: read_epic(root, media="film"), "'film'"),
     (lambda root: read_ego4d(root, "test"), "public labels"), (lambda root: read_egtea(root, "test4"), "did you mean 'test1'|'test"),
     (lambda root: read_segments("ego4d", root, "val"), "split is 'train' or 'test', not 'val'"),
     (lambda root: read_segments("epik", root), "did you mean 'epic'"), (lambda root: read_classes("epic", root, "nouns"), "did you mean 'noun'")])

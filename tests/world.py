@@ -10,13 +10,16 @@ import tempfile
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import TYPE_CHECKING, Callable, Iterator
 
 import numpy as np
 import open_clip
 
 sys.path.insert(0, str(Path(__file__).parent))
 from videos import write_video  # noqa: E402
+
+if TYPE_CHECKING:
+    from xmic.features import ExtractConfig
 
 TINY = "xmicworld-quickgelu"
 CONFIG = {"embed_dim": 32, "quick_gelu": True,
@@ -121,7 +124,7 @@ def extract_config(
     world: Path,
     features: Path,
     **changes,
-) -> "ExtractConfig":  # noqa: F821
+) -> "ExtractConfig":
     "How a world is extracted in this process."
     from xmic.features import ExtractConfig
     return ExtractConfig(**dict(dataset="csv", data_root=str(world), encoder=register_tiny(), weights="random", features_root=str(features),

@@ -6,20 +6,22 @@
 __all__ = ['Box', 'Detections', 'Hand', 'Object', 'centre', 'union_box', 'PlainUnpickler', 'unpickle', 'EpicHands',
            'read_epic_hands', 'ArrayUnpickler', 'read_100doh', 'read_boxes', 'HandBoxes']
 
-# %% ../nbs/05_hands.ipynb #92ae36b8
+# %% ../nbs/05_hands.ipynb #141b8c4e
 import hashlib
 import math
+import os
 import pickle
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any, Iterable, NamedTuple, Sequence
 
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
-from .files import DataError, read_table
+from .files import DataError, check_pickle, read_table
 from .segments import epic_frame_rate
 from .video import VideoInfo
 
@@ -67,7 +69,7 @@ def union_box(
     left, top, right, bottom = zip(*boxes)
     return min(left), min(top), max(right), max(bottom)
 
-# %% ../nbs/05_hands.ipynb #a861a9be
+# %% ../nbs/05_hands.ipynb #0296a283
 class PlainUnpickler(pickle.Unpickler):
     "Reads containers, numbers, strings and bytes, and the globals in `allowed`; everything else is an error."
 
@@ -88,6 +90,8 @@ def unpickle(
     "The plain data of a pickle; raises `DataError` if it is damaged or wants anything that could run code."
     try:
         with open(path, "rb") as f:
+            check_pickle(f, os.fstat(f.fileno()).st_size)
+            f.seek(0)
             return reader(f, encoding=reader.text).load()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
@@ -191,7 +195,7 @@ class ArrayUnpickler(PlainUnpickler):
                     (f"numpy.{core}.multiarray", "scalar"): lambda dtype, data: dtype.read(data, ()).item(),
                     (f"numpy.{core}.numeric", "_frombuffer"): lambda data, dtype, shape, order: dtype.read(data, shape, order)}
 
-# %% ../nbs/05_hands.ipynb #8c4802b1
+# %% ../nbs/05_hands.ipynb #6aba87cf
 def read_100doh(
     path: str | Path,  # a pickle {frame: {"hand_dets": (n, 10) array or None, "obj_dets": (m, 10) array or None}}
     offset_scale: float = 10_000.0,  # pixels for an offset of length 1
@@ -200,29 +204,37 @@ def read_100doh(
     content = unpickle(path, ArrayUnpickler)
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a dict of frame number to detections, not a {type(content).__name__}")
-    frames, wrong = {}, []
+    frames, wrong, left = {}, [], os.path.getsize(path) // 10  # rows of ten numbers that the file has room for
     for number, found in content.items():
         if number == "info":
             continue
         try:
-            rows = [_rows(found.get(k)).tolist() for k in ("hand_dets", "obj_dets")]
+            arrays = [_rows(found.get(k)) for k in ("hand_dets", "obj_dets")]
+            if (left := left - sum(map(len, arrays))) < 0:
+                raise DataError(f"{path}: it repeats its detections, and claims more of them than its bytes can hold")
+            rows = [array.tolist() for array in arrays]
             frames[int(number)] = (
                 [Hand(tuple(r[:4]), r[4], int(r[5]), int(r[9]), (offset_scale * r[6] * r[7], offset_scale * r[6] * r[8])) for r in rows[0]],
                 [Object(tuple(r[:4]), r[4]) for r in rows[1]])
-        except (AttributeError, TypeError, ValueError) as e:
-            wrong.append(f"frame {number!r}: {e}")
+        except DataError:
+            raise
+        except (AttributeError, TypeError, ValueError, OverflowError) as e:
+            wrong.append(f"frame {shown(number)}: {e}")
     if wrong:
         raise DataError.rows(f"{path}: expected hand_dets and obj_dets with 10 columns for each frame", wrong)
     return frames
 
 
 def _rows(found: Any) -> np.ndarray:  # (n, 10)
+    if isinstance(found, (list, tuple)):
+        if not all(len(row) == 10 for row in found): raise ValueError("not all rows have 10 numbers")
+        found = [[float(x) for x in row] for row in found]
     rows = np.zeros((0, 10)) if found is None or len(found) == 0 else np.asarray(found, float)
     if rows.ndim != 2 or rows.shape[1] != 10 or not np.isfinite(rows).all():
         raise ValueError(f"numbers of shape {rows.shape}" if np.isfinite(rows).all() else "not all numbers are finite")
     return rows
 
-# %% ../nbs/05_hands.ipynb #468e4491
+# %% ../nbs/05_hands.ipynb #44cf36fd
 def read_boxes(
     path: str | Path,  # a pickle {segment: {frame: (left, top, right, bottom)}}, or a CSV: segment_id, frame, left, top, right, bottom
 ) -> dict[str, dict[int, Box | None]]:  # None: the frame was looked at, and no hand was seen
@@ -234,21 +246,23 @@ def read_boxes(
         content = unpickle(path, ArrayUnpickler)
         if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
             raise DataError(f"{path}: expected {{segment: {{frame: (left, top, right, bottom)}}}}")
+        if sum(map(len, content.values())) > os.path.getsize(path):
+            raise DataError(f"{path}: it repeats its boxes, and claims more of them than its bytes can hold")
         rows = [(segment, frame, box) for segment, frames in content.items() for frame, box in frames.items()]
     boxes: dict[str, dict[int, Box | None]] = {}
     wrong = []
     for number, (segment, frame, box) in enumerate(rows, start=1):
         try:
-            empty = box is None or all(str(x).strip() == "" for x in box)
+            empty = box is None or all(isinstance(x, str) and not x.strip() for x in box)
             left, top, right, bottom = (0, 0, 0, 0) if empty else map(float, box)
-            if not all(map(math.isfinite, (left, top, right, bottom))) or right < left or bottom < top:
+            if not -1e9 <= left <= right <= 1e9 or not -1e9 <= top <= bottom <= 1e9 or not isinstance(frame, (int, str, np.integer)):
                 raise ValueError
             frames, frame = boxes.setdefault(str(segment), {}), int(str(frame))
             if frame in frames:
                 raise ValueError
             frames[frame] = None if empty else (left, top, right, bottom)
-        except (TypeError, ValueError):
-            wrong.append(f"row {number}: segment {segment!r}, frame {frame!r}, box {box!r}")
+        except (TypeError, ValueError, OverflowError):
+            wrong.append(f"row {number}: segment {shown(segment)}, frame {shown(frame)}, box {shown(box)}")
     if wrong:
         raise DataError.rows(f"{path}: expected a frame number, once for each segment, and left <= right, top <= bottom", wrong)
     return boxes

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'LAVILA_MEAN', 'LAVILA_STD', 'LaViLaConfig', 'DividedAttention', 'DividedBlock', 'VideoTower', 'LaViLa',
-           'from_clip', 'silence_time', 'resize_temporal', 'prepare_clip', 'tokenize', 'read_checkpoint', 'fit_weights',
-           'convert_checkpoint', 'read_lavila', 'load_lavila']
+           'from_clip', 'silence_time', 'resize_temporal', 'prepare_clip', 'tokenize', 'is_plain', 'read_checkpoint',
+           'check_tensors', 'fit_weights', 'convert_checkpoint', 'read_lavila', 'load_lavila']
 
-# %% ../nbs/07_lavila.ipynb #3fa549b7
+# %% ../nbs/07_lavila.ipynb #44f7d036
 import hashlib
 import re
 import warnings
@@ -16,7 +16,6 @@ from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .files import DataError, read_json, whole_file, write_json
+from .files import DataError, brief, check_archive, read_json, whole_file, write_json
 
 # %% ../nbs/07_lavila.ipynb #a17b5a5b
 @dataclass(frozen=True)
@@ -253,7 +252,14 @@ def tokenize(
                       f"and their features mean nothing. Shorten them, the first: {long[0][:80]!r}", stacklevel=2)
     return torch.tensor([row[:context_length] + [0] * (context_length - len(row)) for row in rows]).view(len(rows), context_length)
 
-# %% ../nbs/07_lavila.ipynb #ea603345
+# %% ../nbs/07_lavila.ipynb #5fa9b539
+def is_plain(
+    value: object,  # of a state dict
+) -> bool:
+    "Whether it is a tensor that holds every number of its shape. A few bytes can be shown as a tensor of any size."
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes()
+
+
 _HARMLESS = {"argparse.Namespace", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"}
 _ARGS = ("model", "project_embed_dim", "clip_length", "clip_stride", "timesformer_gated_xattn", "use_cls_token")  # kept from the settings object
 
@@ -277,6 +283,7 @@ def read_checkpoint(
     "Reads a checkpoint without running anything in it; raises `DataError` if it holds what such a file has no need of."
     path = Path(path)
     try:
+        check_archive(path)
         if foreign := sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - _HARMLESS):
             raise DataError(f"{path}: refers to {', '.join(foreign[:5])}, which no checkpoint of LaViLa needs; nothing of it was loaded")
         with torch.serialization.safe_globals([Namespace, *_numpy_scalars()]):
@@ -285,20 +292,36 @@ def read_checkpoint(
         raise
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, RuntimeError, ValueError, UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as e:
-        raise DataError(f"{path}: not readable as a checkpoint ({type(e).__name__}: {str(e).strip().splitlines()[0][:200] if str(e) else 'no reason'}); "
-                        "it may be cut short") from None
+    except Exception as e:
+        raise DataError(f"{path}: not readable as a checkpoint ({type(e).__name__}: {brief(' '.join(str(e).split()), 200)}); it may be cut short") from None
     state = saved.get("state_dict") if isinstance(saved, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not state or not all(map(is_plain, state.values())):
         raise DataError(f"{path}: holds no state_dict of tensors")
-    if bare := [name for name in state if not name.startswith("module.")]:
+    if bare := [brief(name) for name in state if not str(name).startswith("module.")]:
         raise DataError.rows(f"{path}: all names of a published checkpoint begin with 'module.'", bare)
     args = vars(saved["args"]) if isinstance(saved.get("args"), Namespace) else {}
     kept = {name: args[name] for name in _ARGS if isinstance(args.get(name), (str, int, float, bool))}
     plain = {"epoch": saved["epoch"]} if isinstance(saved.get("epoch"), (int, float)) else {}
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}, plain | {"args": kept}
 
-# %% ../nbs/07_lavila.ipynb #01ea919e
+# %% ../nbs/07_lavila.ipynb #eaa5e9f3
+def check_tensors(
+    state: dict[str, Tensor],
+    shapes: dict[str, tuple[int, ...]],  # of the model's tensors by name
+    source: str | Path,  # where `state` comes from, for the error
+) -> None:
+    "Raises `DataError` that lists the tensors that are missing, unexpected, of another shape or not finite."
+    faults = [f"missing: {name}" for name in shapes if name not in state]
+    faults += [f"unexpected: {name}" for name in state if name not in shapes]
+    for name in (name for name in shapes if name in state):
+        if tuple(state[name].shape) != tuple(shapes[name]):
+            faults.append(f"shape: {name} is {tuple(state[name].shape)}, the model's {tuple(shapes[name])}")
+        elif not state[name].isfinite().all():
+            faults.append(f"not finite: {name}")
+    if faults:
+        raise DataError.rows(f"{source}: the weights do not fit the model", faults)
+
+
 def fit_weights(
     state: dict[str, Tensor],
     config: LaViLaConfig,  # of the size that the weights should have
@@ -309,18 +332,10 @@ def fit_weights(
     rows = table.shape[1] if table is not None and table.ndim == 3 and table.shape[1] else config.frames
     config = replace(config, frames=rows, gated=any(name.endswith("alpha_timeattn") for name in state))
     with torch.device("meta"): expected = {name: p.shape for name, p in LaViLa(config).state_dict().items()}
-    faults = [f"missing: {name}" for name in expected if name not in state]
-    faults += [f"unexpected: {name}" for name in state if name not in expected]
-    for name in (name for name in expected if name in state):
-        if state[name].shape != expected[name]:
-            faults.append(f"shape: {name} is {tuple(state[name].shape)}, the model's {tuple(expected[name])}")
-        elif not state[name].isfinite().all():
-            faults.append(f"not finite: {name}")
-    if faults:
-        raise DataError.rows(f"{source}: the weights do not fit the model", faults)
+    check_tensors(state, expected, source)
     return config, {name: tensor.float() for name, tensor in state.items()}
 
-# %% ../nbs/07_lavila.ipynb #a20fd102
+# %% ../nbs/07_lavila.ipynb #ed982491
 def _check_md5(path: Path, digest: str, expected: str | None) -> None:
     named = re.search(r"md5sum_([0-9a-f]{6,})", path.name)
     for wanted in filter(None, (expected, named and named[1])):
@@ -340,7 +355,7 @@ def convert_checkpoint(
     to = Path(to) if to else path.with_suffix(".safetensors")
     about, digest = to.with_suffix(".json"), _digest(path, "md5")
     _check_md5(path, digest, md5)
-    if to.is_file() and about.is_file() and (known := read_json(about)).get("md5") == digest and known.get("sha256") == _digest(to, "sha256"): return to
+    if to.is_file() and about.is_file() and (known := read_json(about, dict)).get("md5") == digest and known.get("sha256") == _digest(to, "sha256"): return to
     state, plain = read_checkpoint(path)
     config, state = fit_weights(state, config, path)
     try:

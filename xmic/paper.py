@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PRINTED', 'harmonic_mean', 't_quantile', 'over_seeds', 'printed']
 
-# %% ../nbs/02_paper.ipynb #1329899b
+# %% ../nbs/02_paper.ipynb #689d2597
 from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def harmonic_mean(
     mean = np.divide(2 * a * b, a + b, out=np.zeros(np.broadcast(a, b).shape), where=a + b != 0)
     return mean if mean.ndim else mean.item()
 
-# %% ../nbs/02_paper.ipynb #cdb6fa1e
+# %% ../nbs/02_paper.ipynb #3f0e28b4
+@cache
 def t_quantile(
     freedom: int,  # degrees of freedom, at least 1
     confidence: float = 0.95,  # of the two-sided interval

@@ -6,24 +6,26 @@
 __all__ = ['COLUMNS', 'epic_frame_rate', 'read_epic', 'read_ego4d', 'central_window', 'read_egtea', 'read_csv', 'read_segments',
            'read_classes', 'read_epic_unseen', 'read_epic_tail', 'head_classes']
 
-# %% ../nbs/03_segments.ipynb #68a15d31
+# %% ../nbs/03_segments.ipynb #9993f903
 import hashlib
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from reprlib import repr as shown
 
 import numpy as np
 import pandas as pd
 
 from .classes import ClassSet
-from .files import DataError, did_you_mean, read_json, read_table, read_text
+from .files import DataError, brief, did_you_mean, read_json, read_table, read_text
 
 # %% ../nbs/03_segments.ipynb #5936808c
 COLUMNS = ["segment_id", "video_id", "video_path", "start_sec", "stop_sec", "start_frame", "stop_frame",
            "verb", "noun", "narration", "split"]
 
-# %% ../nbs/03_segments.ipynb #886e9711
+# %% ../nbs/03_segments.ipynb #be6161c0
 def _reject(
     wrong: pd.Series | np.ndarray,  # bool, one for each row
     what: str,  # the file, and what is wrong
@@ -33,9 +35,9 @@ def _reject(
     "`DataError` with the rows that are wrong, if there are any."
     rows = np.flatnonzero(wrong)
     if len(rows):
-        shown = table[columns].iloc[rows].astype(str).to_dict("records")
-        raise DataError.rows(what, [f"row {row + 1}: " + ", ".join(f"{c} {v!r}" for c, v in record.items())
-                                    for row, record in zip(rows, shown)])
+        cells = table[columns].iloc[rows].astype(str).to_dict("records")
+        raise DataError.rows(what, [f"row {row + 1}: " + ", ".join(f"{c} {brief(v)!r}" for c, v in record.items())
+                                    for row, record in zip(rows, cells)])
 
 
 def _numbers(
@@ -45,21 +47,38 @@ def _numbers(
     whole: bool = False,  # whether only whole numbers are right
 ) -> pd.DataFrame:
     "Columns of text as finite numbers; `DataError` with the rows that are none."
-    numbers = table[columns].apply(pd.to_numeric, errors="coerce").astype(float)
+    numbers = pd.DataFrame({column: pd.to_numeric(table[column].map(_plain), errors="coerce").astype(float) for column in columns})
     for column in columns:
+        named = list(dict.fromkeys([table.columns[0], column]))
         wrong = ~np.isfinite(numbers[column]) | (whole & (numbers[column] % 1 != 0))
-        _reject(wrong, f"{where}: {column} is not a {'whole ' * whole}number", table, list(dict.fromkeys([table.columns[0], column])))
+        _reject(wrong, f"{where}: {column} is not a {'whole ' * whole}number", table, named)
+        _reject(numbers[column].abs() > 1e9, f"{where}: {column} is beyond a thousand million, and no video is that long", table, named)
     return numbers.astype(np.int64) if whole else numbers
+
+
+def _plain(
+    value: object,  # of a cell
+) -> object:
+    "What may be a number: a short text, or a number of a sensible size; else None."
+    return value if isinstance(value, str) and len(value) < 100 or type(value) is int and abs(value) < 2**53 or isinstance(value, float) else None
+
+
+_NO_ID = re.compile(r"[\x00-\x1f\x7f]|^.{501}")  # control characters, or very long
+_CLIMBS = re.compile(r"^(?:[/\\]|[A-Za-z]:)|(?:^|[/\\])\.\.(?:[/\\]|$)")  # an absolute path, or one with .. in it
 
 
 def _checked(
     table: pd.DataFrame,  # with all COLUMNS
     where: str | Path,  # for the message
 ) -> pd.DataFrame:
-    "The table in its final form; `DataError` for empty or repeated ids and for times or frames that run backwards."
+    "The table in its final form; `DataError` for ids that are none or stand twice, and for times or frames that run backwards."
     table = table[COLUMNS].reset_index(drop=True)
     ids, times, frames = table["segment_id"], ["segment_id", "start_sec", "stop_sec"], ["segment_id", "start_frame", "stop_frame"]
     _reject(ids == "", f"{where}: segment_id is empty", table, times)
+    for column, fault, what in (("segment_id", _NO_ID, "has line breaks or other control characters in it, or more than 500 characters"),
+                                ("video_id", _NO_ID, "has line breaks or other control characters in it, or more than 500 characters"),
+                                ("video_id", _CLIMBS, "is a path that leaves its folder; name the file in video_path instead")):
+        _reject(table[column].isin([i for i in table[column].unique() if fault.search(i)]), f"{where}: {column} {what}", table, [column, "start_sec"])
     _reject(ids.duplicated(keep=False), f"{where}: segment_id is repeated", table, times)
     _reject(table["start_sec"] < 0, f"{where}: a segment starts before its video, at a negative time", table, times)
     _reject(table["stop_sec"] <= table["start_sec"], f"{where}: a segment must stop after it starts", table, times)
@@ -70,7 +89,7 @@ def _checked(
         raise DataError(f"{where}: no segment in it")
     return table
 
-# %% ../nbs/03_segments.ipynb #f0d0c325
+# %% ../nbs/03_segments.ipynb #51134a1c
 def _root(root: str | Path) -> Path:
     root = Path(root).expanduser().absolute()
     if not root.exists():
@@ -98,7 +117,7 @@ def _first(
 ) -> str:
     "The first path that exists, else the first: features can be read where the videos are not."
     paths = list(paths)
-    return str(next((path for path in paths if path.exists()), paths[0]))
+    return str(next((path for path in paths if os.path.exists(path)), paths[0]))
 
 # %% ../nbs/03_segments.ipynb #1adad82b
 def epic_frame_rate(
@@ -110,8 +129,8 @@ def epic_frame_rate(
         raise DataError(f"{video_id!r} is no video of EPIC-KITCHENS; they are named like 'P01_01' or 'P01_101'")
     return 60 if len(number[1]) == 2 else 50
 
-# %% ../nbs/03_segments.ipynb #e5faaa78
-_STAMP = re.compile(r"(\d+):([0-5]\d):([0-5]\d(?:\.\d+)?)")
+# %% ../nbs/03_segments.ipynb #9ff326fa
+_STAMP = re.compile(r"(\d{1,4}):([0-5]\d):([0-5]\d(?:\.\d+)?)")
 
 
 def _seconds(
@@ -120,12 +139,12 @@ def _seconds(
     match = _STAMP.fullmatch(stamp)
     return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]) if match else math.nan
 
-# %% ../nbs/03_segments.ipynb #329242b5
+# %% ../nbs/03_segments.ipynb #591c391f
 _EPIC_FOLDERS = ["annotations", "epic-kitchens-100-annotations", "annotations/epic-kitchens-100-annotations",
                  "EPIC-KITCHENS/annotations", "EPIC-KITCHENS/epic-kitchens-100-annotations"]
 _EPIC_SOURCE = "from github.com/epic-kitchens/epic-kitchens-100-annotations"
-_EPIC_NEEDS = ["narration_id", "video_id", "start_timestamp", "stop_timestamp", "start_frame", "stop_frame",
-               "narration", "verb_class", "noun_class"]
+_EPIC_NEEDS = ["narration_id", "video_id", "start_timestamp", "stop_timestamp", "start_frame", "stop_frame"]
+_EPIC_LABELS = ["narration", "verb_class", "noun_class"]
 
 
 def _epic_media(
@@ -140,7 +159,7 @@ def _epic_media(
     frames = [person / "rgb_frames" / video_id, home / "rgb_frames" / video_id]
     return _first({"auto": videos + frames, "video": videos, "frames": frames}[media])
 
-# %% ../nbs/03_segments.ipynb #041299cc
+# %% ../nbs/03_segments.ipynb #7be0a953
 def _epic_classes(
     root: Path,
     kind: str,  # "noun" or "verb"
@@ -150,20 +169,20 @@ def _epic_classes(
 
 def read_epic(
     root: str | Path,  # the folder with P01, P02, … in it, or the one above; annotations in it, below or beside it
-    split: str = "train",  # "train" or "validation"
+    split: str = "train",  # "train", "validation", or the challenge's "test", whose labels and narrations are not public: they are ""
     media: str = "auto",  # "video", "frames", or "auto": the video where there is one, else its frames
 ) -> pd.DataFrame:  # COLUMNS
-    "Segments of EPIC-KITCHENS-100, from the official `EPIC_100_{split}.csv`; frames count from 1 (see `epic_frame_rate`)."
+    "Segments of EPIC-KITCHENS-100, from the official `EPIC_100_{split}.csv`, or `EPIC_100_test_timestamps.csv`; frames count from 1 (see `epic_frame_rate`)."
     split = "validation" if split == "val" else split
-    if split not in ("train", "validation"):
-        raise DataError(f"EPIC-KITCHENS-100 has public labels for 'train' and 'validation', not for {split!r}")
+    _one_of(split, ("train", "validation", "test"), "split")
     if media not in ("auto", "video", "frames"):
         raise DataError(f"media is 'auto', 'video' or 'frames', not {media!r}")
     root = _root(root)
-    path = _find(f"EPIC_100_{split}.csv", root, _EPIC_FOLDERS, _EPIC_SOURCE)
-    rows = read_table(path, _EPIC_NEEDS)
-    labels = {}
-    for kind in ("verb", "noun"):
+    public = split != "test"
+    path = _find(f"EPIC_100_{split}{'' if public else '_timestamps'}.csv", root, _EPIC_FOLDERS, _EPIC_SOURCE)
+    rows = read_table(path, [*_EPIC_NEEDS, *(_EPIC_LABELS if public else [])])
+    labels = {} if public else dict.fromkeys(("narration", "verb", "noun"), "")
+    for kind in ("verb", "noun") if public else ():
         classes = _epic_classes(root, kind)
         label = _numbers(rows, [f"{kind}_class"], path, whole=True)[f"{kind}_class"]
         _reject((label < 0) | (label >= len(classes)), f"{path}: {kind}_class is not one of the {len(classes)} classes",
@@ -178,11 +197,12 @@ def read_epic(
         **_numbers(rows, ["start_frame", "stop_frame"], path, whole=True), **labels, split=split)
     return _checked(table, path)
 
-# %% ../nbs/03_segments.ipynb #8a8cab27
+# %% ../nbs/03_segments.ipynb #84c8fb63
 _EGO4D_FOLDERS = ["v2/annotations", "annotations"]
 _EGO4D_SOURCE = "from the ego4d command: ego4d --datasets annotations clips --benchmarks FHO --version v2"
 _EGO4D_NEEDS = ["clip_uid", "action_idx", "action_clip_start_sec", "action_clip_end_sec",
                 "action_clip_start_frame", "action_clip_end_frame", "verb", "noun"]
+_EGO4D_KINDS = [("clip_uid", str), ("verb", str), ("noun", str), ("action_idx", int), ("narration_text", (str, type(None)))]
 
 
 def _ego4d_rows(
@@ -197,6 +217,8 @@ def _ego4d_rows(
                if (missing := [key for key in _EGO4D_NEEDS if clip.get(key) is None])]
     if lacking:
         raise DataError.rows(f"{path}: actions without all of {', '.join(_EGO4D_NEEDS)}", lacking)
+    if odd := [f"row {row}: {key} {shown(clip[key])}" for row, clip in enumerate(clips, 1) for key, kind in _EGO4D_KINDS if not isinstance(clip.get(key, ""), kind)]:
+        raise DataError.rows(f"{path}: texts and whole numbers are expected", odd)
     return pd.DataFrame({key: [clip.get(key) for clip in clips] for key in [*_EGO4D_NEEDS, "narration_text"]})
 
 
@@ -241,10 +263,10 @@ def central_window(
         stop = np.where(half, np.minimum(n, n // 2 + half), n)
     return (start, stop) if n.ndim else (int(start), int(stop))
 
-# %% ../nbs/03_segments.ipynb #0db8c434
+# %% ../nbs/03_segments.ipynb #900fad0f
 _EGTEA_FOLDERS = ["action_annotation", "annotations"]
 _EGTEA_SOURCE = "from action_annotation.zip on the EGTEA Gaze+ page of Georgia Tech"
-_EGTEA_CLIP = re.compile(r"([^-]+-[^-]+-[^-]+)-(\d+)-(\d+)-F(\d+)-F(\d+)")
+_EGTEA_CLIP = re.compile(r"([^-]+-[^-]+-[^-]+)-(\d{1,9})-(\d{1,9})-F(\d{1,9})-F(\d{1,9})")
 _EGTEA_SPLITS = [f"{part}{number}" for part in ("test", "train") for number in (1, 2, 3)]
 
 
@@ -266,7 +288,7 @@ def _egtea_rows(
     rows, wrong = [], []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         clip, *ids = line.split() or [""]
-        label = [int(i) - 1 if i.isdecimal() else -1 for i in (ids + ["0", "0", "0"])[1:3]]
+        label = [int(i) - 1 if i.isdecimal() and len(i) < 9 else -1 for i in (ids + ["0", "0", "0"])[1:3]]
         if not _EGTEA_CLIP.fullmatch(clip) or not 0 <= label[0] < sizes["verb"] or not (0 <= label[1] < sizes["noun"] or len(ids) == 2):
             if line.strip(): wrong.append(f"line {number}: {line.strip()[:100]!r}")
         else:
@@ -365,8 +387,8 @@ def read_csv(
         split=split, **_numbers(rows, ["start_sec", "stop_sec"], path),
         **_numbers(frames, ["start_frame", "stop_frame"], path, whole=True)), path)
 
-# %% ../nbs/03_segments.ipynb #fbf329f0
-_SPLITS = {"epic": {"train": "train", "test": "validation"}, "ego4d": {"train": "train", "test": "val"},
+# %% ../nbs/03_segments.ipynb #b8622257
+_SPLITS = {"epic": {"train": "train", "test": "validation", "challenge": "test"}, "ego4d": {"train": "train", "test": "val"},
            "egtea": {"train": "train", "test": "test"}, "csv": {"train": "train", "test": "test"}}
 
 
@@ -382,7 +404,7 @@ def _one_of(
 def read_segments(
     dataset: str,  # "epic", "ego4d", "egtea" or "csv"
     root: str | Path,  # its folder, as its reader wants it
-    split: str = "train",  # "train" or "test", as the paper uses them
+    split: str = "train",  # "train" or "test", as the paper uses them; "challenge", of epic alone
     **options,  # of its reader
 ) -> pd.DataFrame:  # COLUMNS
     "Segments of any dataset, by name."
