@@ -60,7 +60,7 @@ def read_all(root: Path, truth: Truth) -> int:
                     assert torch.equal(where, frames), segment
                 elif segment in view.place:
                     stream = Streams(view, [], [segment], resident=resident)
-                    got = stream.gather(0, np.array([0]), np.arange(len(features))[None])[0].half()
+                    got = stream.batch(np.array([0]), np.arange(len(features))[None]).video[0].half()
                     assert stream.lengths.tolist() == [len(features)], segment
                 else:
                     raise DataError("not there")
