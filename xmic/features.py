@@ -7,7 +7,7 @@ __all__ = ['IN_FLIGHT', 'write_shard', 'read_shard', 'shard_name', 'read_checked
            'ExtractReport', 'manifest_of', 'file_size', 'Timed', 'extract', 'ExtractConfig', 'resize_policy',
            'dataset_store', 'hand_boxes', 'extract_dataset']
 
-# %% ../nbs/12_features.ipynb #79f5b960
+# %% ../nbs/12_features.ipynb #1e2d5402
 import hashlib
 import json
 import os
@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from .clips import Clip, ClipTask, Failed, Pixels, clip_pixels
 from .distributed import deal_videos
 from .encoders import Encoder, create_encoder
-from .files import DataError, brief, from_root, one_at_a_time, parse_json, read_json, remove_leftovers, whole_file, write_json
+from .files import DataError, brief, from_root, one_at_a_time, parse_json, read_json, remove_leftovers, whole_file, writable, write_json
 from .hands import HandBoxes
 from .segments import read_segments
 from .video import DecodePool, WorkerKilled, decoder_version
@@ -233,7 +233,7 @@ def _failure(line: bytes) -> dict | None:  # None: not a line of failures.jsonl
         record = parse_json(line, "failures.jsonl", dict)
         if isinstance(record.get("segment_id"), str) and "cause" in record: return record
 
-# %% ../nbs/12_features.ipynb #c589101a
+# %% ../nbs/12_features.ipynb #484d53cd
 class FailureLog:
     "What could not be decoded, and why: one line of JSON for each segment."
 
@@ -268,7 +268,7 @@ class FailureLog:
             mended: Iterable[str] = (),  # segments whose lines are to go
            ) -> None:
         "Adds what is new; nothing is lost if others do so at the same time."
-        with one_at_a_time(self.path.parent) if records or self.path.exists() else nullcontext():
+        with one_at_a_time(self.path.parent) if records or self.path.exists() else nullcontext(), writable(self.path):
             known = self.read()
             new = [r for i, r in records.items() if known.get(i) != r] + [dict(segment_id=i, cause=None) for i in mended if i in known]
             if new:
@@ -280,11 +280,14 @@ class FailureLog:
 
     def tidy(self) -> int:  # lines that were dropped because they are damaged
         "Writes the lines anew, sorted by segment and each once, where they are not."
-        if not self.path.exists() or self.path.read_bytes() == self._sorted():
+        if not self.path.exists() or self.path.read_bytes() == self._sorted() != b"":
             return 0
-        with one_at_a_time(self.path.parent), whole_file(self.path) as part:
+        with one_at_a_time(self.path.parent):
             damaged = sum(_failure(line) is None for line in self.path.read_bytes().splitlines() if line)
-            part.write_bytes(self._sorted())
+            if lines := self._sorted():
+                with whole_file(self.path) as part: part.write_bytes(lines)
+            else:
+                self.path.unlink()
         return damaged
 
     def _sorted(self) -> bytes:
@@ -303,7 +306,7 @@ def _faults(folder: Path) -> dict[str, str]:  # file -> what is wrong with it
                     faults.setdefault(one, f"{folder / one} holds segment {segment!r}, and so does {other}: {_repair_of(path)}")
     return faults
 
-# %% ../nbs/12_features.ipynb #951a3df2
+# %% ../nbs/12_features.ipynb #979a3eda
 def _set_aside(path: Path) -> str:
     folder = path.parent / "damaged"
     folder.mkdir(exist_ok=True)
@@ -318,8 +321,6 @@ def _repair_view(folder: Path) -> Iterator[tuple[str, str, str]]:  # file, fault
     for part in [*remove_leftovers(folder), *folder.glob(".tmp??????")]:  # the latter by safetensors itself, in earlier versions of the kit
         part.unlink(missing_ok=True)
         yield part.name, "left by a writer that was killed", "removed"
-    if damaged := FailureLog(folder / "failures.jsonl").tidy():
-        yield "failures.jsonl", f"{damaged} damaged lines", "dropped them; extraction tries their segments again"
     index = {path.name: {"bytes": _size(path), "segments": read_shard(path)[2]["segments"]} for path in _shards(folder)}
     try:
         known = read_json(folder / "index.json")
@@ -335,7 +336,7 @@ def _no_view(root: Path, name: str, views: list[str]) -> DataError:
     return DataError(f"{root} holds no view {name!r} (it holds: {', '.join(views) or 'nothing'}); run nbs/extract.ipynb "
                      f"for it first" + (f", or use the settings of one of these encoders, which have it: {', '.join(others)}" if others else ""))
 
-# %% ../nbs/12_features.ipynb #2cdb9ddb
+# %% ../nbs/12_features.ipynb #6a370b51
 class FeatureStore:
     "Frame features of one dataset by one encoder, in several views."
 
@@ -425,6 +426,8 @@ class FeatureStore:
         for view in self.views:
             with one_at_a_time(self.root / view):
                 lines += [(view, *line) for line in _repair_view(self.root / view)]
+            if damaged := self._failure_log(view).tidy():
+                lines.append((view, "failures.jsonl", f"{damaged} damaged lines", "dropped; extraction tries their segments again"))
         self._views.clear()
         return pd.DataFrame(lines, columns=["view", "file", "fault", "done"])
 

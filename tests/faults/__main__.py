@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--long", action="store_true", help="many of each kind, make reproduce among them: about half an hour")
-    parser.add_argument("--count", type=int, help="how many of each kind, in place of the mode's")
+    parser.add_argument("--count", type=int, help="how many of each kind, in place of the mode's; of the soak, kills (200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=f"some of: {', '.join(CASES)}")
     parser.add_argument("--soak", type=int, metavar="VIDEOS", help="instead: extract so many videos in a loop of kills")
@@ -34,7 +34,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="xmic-faults-", dir=given.folder) as folder:
         folder, begin = Path(folder), time.perf_counter()
         if given.soak:
-            count = soak(folder, given.soak, random.Random(given.seed))
+            count = soak(folder, given.soak, random.Random(given.seed), given.count or 200)
             report["soak"] = dict(count, seed=given.seed, hardware=hardware())
             lost = any(count[name] for name in ("wrong", "lost", "files_that_differ", "faults_found_by_verify"))
         else:

@@ -60,7 +60,7 @@ def read_all(root: Path, truth: Truth) -> int:
                     assert torch.equal(where, frames), segment
                 elif segment in view.place:
                     stream = Streams(view, [], [segment], resident=resident)
-                    got = stream.gather(0, np.array([0]), np.arange(len(features))[None])[0].half()
+                    got = stream.batch(np.array([0]), np.arange(len(features))[None]).video[0].half()
                     assert stream.lengths.tolist() == [len(features)], segment
                 else:
                     raise DataError("not there")
@@ -101,14 +101,16 @@ STORE: dict[str, Callable[[Path, random.Random], object]] = {  # what happens to
     "index.json of other segments": _other_segments,
     "a flipped bit in index.json": lambda f, rng: flip(f / "index.json", rng),
     "index.json is cut": lambda f, rng: cut(f / "index.json", rng),
-    "index.json of another kind": lambda f, rng: (f / "index.json").write_text(rng.choice(["[]", "3", '{"b.safetensors": 1}', "null", '{"b.safetensors": {"bytes": null}}'])),
+    "index.json of another kind": lambda f, rng: (f / "index.json").write_text(rng.choice(
+        ["[]", "3", '{"b.safetensors": 1}', "null", '{"b.safetensors": {"bytes": null}}'])),
     "a foreign safetensors file": lambda f, rng: _foreign(f / "model.safetensors"),
     "a text called a shard": lambda f, rng: (f / "notes.safetensors").write_text("no shard"),
     "a folder called a shard": lambda f, rng: (f / "x.safetensors").mkdir(),
     "a link that leads nowhere": lambda f, rng: (f / "x.safetensors").symlink_to("nowhere"),
     "a shard of another width": lambda f, rng: write_shard(f / "w.safetensors", [("w_0", torch.ones(3, 4), np.arange(3))]),
     "a shard of numbers that are not finite": lambda f, rng: write_shard(f / "b.safetensors", [("b_0", torch.full((3, 8), torch.inf), np.arange(3))]),
-    "temporary files of killed writers": lambda f, rng: [(f / name).write_bytes(rng.randbytes(99)) for name in (".a.safetensors.9-1.part", ".tmpAbc123", ".index.json.7.part")],
+    "temporary files of killed writers": lambda f, rng: [(f / name).write_bytes(rng.randbytes(99)) for name in (
+        ".a.safetensors.9-1.part", ".tmpAbc123", ".index.json.7.part")],
     "a damaged failures.jsonl": lambda f, rng: (f / "failures.jsonl").write_text('{"segment_id": "x", "cause": "y", "bytes": 3}\n{"segm'),
 }
 
@@ -149,8 +151,9 @@ def damaged_stores(place: Place, folder: Path, rng: random.Random, many: int) ->
 
 def manifests(place: Place, folder: Path, rng: random.Random, many: int) -> Iterator[Fault]:
     "Without a manifest nothing says how features were made: they are neither read nor added to."
-    for kind, harm in {"manifest.json is gone": Path.unlink, "manifest.json is empty": lambda p: p.write_text(""), "manifest.json is cut": lambda p: cut(p, rng),
-                       "manifest.json of another kind": lambda p: p.write_text(rng.choice(["[]", "{}", "7", '{"dim": "wide"}']))}.items():
+    harms = {"manifest.json is gone": Path.unlink, "manifest.json is empty": lambda p: p.write_text(""), "manifest.json is cut": lambda p: cut(p, rng),
+             "manifest.json of another kind": lambda p: p.write_text(rng.choice(["[]", "{}", "7", '{"dim": "wide"}']))}
+    for kind, harm in harms.items():
         features = folder / "features"
         shutil.rmtree(features, ignore_errors=True)
         shutil.copytree(place.features, features)

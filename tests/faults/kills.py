@@ -1,5 +1,4 @@
 """`kill -9` at random moments, over and over, until the work is done all the same."""
-import json
 import os
 import random
 import shutil
@@ -20,7 +19,7 @@ from xmic.files import read_json, write_json
 from xmic.training import RunResult
 
 from .places import Place, store_bytes, stores
-from .tally import Fault, injected, skipped
+from .tally import Fault, compared, injected, skipped
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,9 +42,9 @@ def _rounds(
             yield injected(place_of, "kill -9", after_each)
         else:
             assert code == 0, f"exit code {code}"
-            yield injected(place_of, "what is left in the end", done)
+            yield compared(place_of, done)
     assert start(None)[0] == 0
-    yield injected(place_of, "what is left in the end", done)
+    yield compared(place_of, done)
 
 
 def killed_extraction(place: Place, folder: Path, rng: random.Random, many: int) -> Iterator[Fault]:
@@ -103,8 +102,9 @@ class Workflow:
             self.data.mkdir(parents=True)
             for dataset in ("epic", "ego4d", "egtea"): (self.data / dataset).symlink_to(data / dataset)
         write_json(self.data / "profile.json", dict(
-            encoders={role: dict(encoder=name) for role, name in MINI_ENCODERS.items()}, features_root=str(folder / "features"), runs_root=str(folder / "runs"),
-            reports=str(folder / "report"), threads=1, gpus=0, extract=dict(feature_fps=4.0, workers=1, device="cpu", progress=False),
+            encoders={role: dict(encoder=name) for role, name in MINI_ENCODERS.items()}, features_root=str(folder / "features"),
+            runs_root=str(folder / "runs"), reports=str(folder / "report"), threads=1, gpus=0,
+            extract=dict(feature_fps=4.0, workers=1, device="cpu", progress=False),
             train=dict(epochs=2, warmup_epochs=0, batch_size=8, device="cpu", progress=False)))
         self.plan = plan(profile("paper", data=str(self.data)), TABLE)
 
@@ -113,8 +113,8 @@ class Workflow:
         begin = time.perf_counter()
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         with open(self.folder / "log", "ab") as log:
-            process = subprocess.Popen(["make", "reproduce", "PROFILE=paper", f"DATA={self.data}", f"TABLES={TABLE}", "CORES=2"], cwd=ROOT, stdout=log, stderr=log,
-                                       start_new_session=True, env=os.environ | dict(PATH=path, PYTHONPATH=str(ROOT)))
+            process = subprocess.Popen(["make", "reproduce", "PROFILE=paper", f"DATA={self.data}", f"TABLES={TABLE}", "CORES=2"], cwd=ROOT,
+                                       stdout=log, stderr=log, start_new_session=True, env=os.environ | dict(PATH=path, PYTHONPATH=str(ROOT)))
             try:
                 return process.wait(after), time.perf_counter() - begin
             except subprocess.TimeoutExpired:
@@ -128,7 +128,7 @@ class Workflow:
 
     @property
     def shards(self) -> dict[str, bytes]:
-        return {n: c for n, c in store_bytes(self.folder / "features").items() if n.endswith(".safetensors")} if (self.folder / "features").exists() else {}
+        return {name: content for name, content in store_bytes(self.folder / "features").items() if name.endswith(".safetensors")}
 
     @property
     def tables(self) -> dict[str, bytes]:

@@ -28,13 +28,17 @@ def _partly_right(features: Path, place: Place) -> None:
         assert content == whole[name] or name.endswith("index.json"), name
 
 
+def _calls(place: Place, folder: Path) -> dict[str, Callable[[], object]]:
+    return {"extraction": lambda: extract_dataset(place.extraction(folder / "features")), "training": lambda: train(place.training(folder / "runs"))}
+
+
 def full_disks(place: Place, folder: Path, rng: random.Random, many: int) -> Iterator[Fault]:
     "A small file system that a ballast leaves less and less room on; then the ballast goes, and the same call goes on."
     with mounted(folder / "disk", "4m") as disk:
         if disk is None:
             yield skipped("extraction", "a full disk", "no file system may be mounted here")
             return
-        for place_of, call in {"extraction": lambda: extract_dataset(place.extraction(disk / "features")), "training": lambda: train(place.training(disk / "runs"))}.items():
+        for place_of, call in _calls(place, disk).items():
             for _ in range(many):
                 def trial() -> str | None:
                     for there in ("features", "runs"): shutil.rmtree(disk / there, ignore_errors=True)
@@ -64,7 +68,7 @@ def limited_files(place: Place, folder: Path, rng: random.Random, many: int) -> 
         for _ in range(many):
             def trial() -> str | None:
                 shutil.rmtree(folder, ignore_errors=True)
-                call = (lambda: extract_dataset(place.extraction(folder / "features"))) if place_of == "extraction" else (lambda: train(place.training(folder / "runs")))
+                call = _calls(place, folder)[place_of]
 
                 def limited() -> None:
                     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -139,7 +143,8 @@ def two_at_once(place: Place, folder: Path, rng: random.Random, many: int) -> It
 
     def halves() -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        answers = [in_child(lambda half=half: extract(segments[half::2], encoder, FeatureStore(folder), workers=0, progress=False)) for half in (0, 1)]
+        call = lambda half: lambda: extract(segments[half::2], encoder, FeatureStore(folder), workers=0, progress=False)
+        answers = [in_child(call(half)) for half in (0, 1)]
         assert [answer() for answer in answers] == ["", ""]
         store, whole = FeatureStore(folder), stores(place.features)[0]
         assert store.verify() == [] and store.missing(segments).empty
@@ -147,7 +152,8 @@ def two_at_once(place: Place, folder: Path, rng: random.Random, many: int) -> It
 
     def different() -> str | None:
         shutil.rmtree(folder, ignore_errors=True)
-        answers = [in_child(lambda fps=fps: extract(segments, encoder, FeatureStore(folder), feature_fps=fps, workers=0, progress=False)) for fps in (5.0, None)]
+        call = lambda fps: lambda: extract(segments, encoder, FeatureStore(folder), feature_fps=fps, workers=0, progress=False)
+        answers = [in_child(call(fps)) for fps in (5.0, None)]
         sentences = [answer() for answer in answers]
         store = FeatureStore(folder)
         rows = {len(store.segment(i, "full")) for i in segments.segment_id}
@@ -177,7 +183,7 @@ def broken_workers(place: Place, folder: Path, rng: random.Random, many: int) ->
             if "hangs" in kind: return _hung(features, report)
             _, again = extract_dataset(place.extraction(features, backend=_backend(features)))
             assert not again.failed and again.extracted == 16 - report.extracted, again.failed
-            if _backend(features) == "decord": assert {k: v for k, v in store_bytes(features).items()} == place.bytes
+            if _backend(features) == "decord": assert store_bytes(features) == place.bytes
             return next(iter(report.failed.values()), None)
 
         yield injected("extraction", kind, trial)

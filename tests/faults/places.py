@@ -1,11 +1,9 @@
 """What the faults meet: a small world, its undisturbed features and run, and processes of their own."""
 import os
 import subprocess
-import sys
-import tempfile
 import traceback
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -38,7 +36,7 @@ class Place:
 
 def store_bytes(features: Path) -> dict[str, bytes]:
     "Every file of the feature stores but what was set aside, and text embeddings."
-    return {name: content for name, content in contents(features).items() if "/damaged/" not in name and not name.startswith("text/")} if features.exists() else {}
+    return {name: content for name, content in contents(features).items() if "/damaged/" not in name and not name.startswith("text/")}
 
 
 def stores(features: Path) -> list[FeatureStore]:

@@ -3,13 +3,13 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import psutil
 
 from videos import numbered_frame, write_video
@@ -27,7 +27,7 @@ def write_soak_world(root: Path, videos: int) -> Path:
     for v in range(videos):
         write_video(root / "videos" / f"v{v:05d}.mp4", FRAMES, size=SIZE, images=[numbered_frame(v + 7 * i, SIZE) for i in range(FRAMES)])
         for s, (start, stop) in enumerate(((0.0, 0.3), (0.2, 0.48))):
-            rows.append(dict(segment_id=f"v{v:05d}_{s}", video_id=f"v{v:05d}", start_sec=start, stop_sec=stop, verb="take", noun="pan", narration="", split="train"))
+            rows.append(dict(segment_id=f"v{v:05d}_{s}", video_id=f"v{v:05d}", start_sec=start, stop_sec=stop, verb="take", noun="pan", split="train"))
             boxes.append(dict(segment_id=f"v{v:05d}_{s}", frame=5, left=10, top=8, right=50, bottom=40))
     for name, lines in (("segments.csv", rows), ("hand_boxes.csv", boxes)):
         with open(root / name, "w", newline="") as f:
@@ -37,38 +37,52 @@ def write_soak_world(root: Path, videos: int) -> Path:
     return root
 
 
-def soak(folder: Path, videos: int, rng: random.Random, seconds_between: float = 0.6) -> dict:  # seconds of processor time, which other work does not stretch
-    "Extracts the videos undisturbed, and once more with kills; counts kills, and shards that were wrong, lost or different."
+def soak(
+    folder: Path,
+    videos: int,
+    rng: random.Random,
+    kills: int = 200,  # at least; one extraction after the other is killed until it is done
+    seconds_between: float = 0.25,  # of processor time, which other work does not stretch
+) -> dict:
+    "Extracts the videos undisturbed, and then with kills; counts kills, and shards that were wrong, lost or different."
     world = write_soak_world(folder / "world", videos)
     settings = {name: [asdict(extract_config(world, folder / name, workers=workers, splits=["train"])) for workers in (0, 1)] for name in ("whole", "killed")}
-    count = dict(videos=videos, segments=2 * videos, shards=2 * videos, kills=0, kills_of_workers=0, wrong=0, lost=0)
+    count = dict(videos=videos, segments=2 * videos, shards=2 * videos, extractions=0, kills=0, kills_of_workers=0, shards_compared=0, wrong=0, lost=0,
+                 files_that_differ=0, faults_found_by_verify=0)
     with jobs() as job:
         job.run("extract", settings["whole"][0], 0.0)  # the process that starts the others has imported everything then
         begin = time.perf_counter()
         assert job.run("extract", settings["whole"][0])[0] == 0
-        count["undisturbed_seconds"] = round(time.perf_counter() - begin, 1)
-        whole, held, begin = _stamps(folder / "whole"), {}, time.perf_counter()
-        while True:
-            workers = int(rng.random() < 0.3)
-            after = rng.uniform(0, 2 * seconds_between) + workers * rng.uniform(0, 3)  # a worker takes its time to start
-            code = _killed(job, settings["killed"][workers], after, workers and rng.random() < 0.5, count)
-            there = _stamps(folder / "killed")
-            count["lost"] += sum(name not in there for name in held)
-            count["wrong"] += sum((folder / "killed" / name).read_bytes() != (folder / "whole" / name).read_bytes()
-                                  for name in there if held.get(name) != there[name])
-            held = there
-            if code == 0 and set(there) == set(whole) and not any(store.failures(view) for store in stores(folder / "killed") for view in store.views):
-                break
-            assert code in (0, -signal.SIGKILL), f"exit code {code}"
-    count["seconds_with_kills"] = round(time.perf_counter() - begin, 1)
-    one, other = (store_bytes(folder / name) for name in ("whole", "killed"))
-    count["files"], count["files_that_differ"] = len(one), sum(one.get(name) != other.get(name) for name in set(one) | set(other))
-    count["faults_found_by_verify"] = sum(len(store.verify()) for store in stores(folder / "killed"))
+        count["seconds_undisturbed"] = round(time.perf_counter() - begin, 1)
+        begin = time.perf_counter()
+        while count["kills"] < kills:
+            shutil.rmtree(folder / "killed", ignore_errors=True)
+            _until_done(job, folder, settings["killed"], seconds_between, rng, count)
+            one, other = (store_bytes(folder / name) for name in ("whole", "killed"))
+            count["extractions"] += 1
+            count["files_that_differ"] += sum(one.get(name) != other.get(name) for name in set(one) | set(other))
+            count["faults_found_by_verify"] += sum(len(store.verify()) for store in stores(folder / "killed"))
+        count["seconds_with_kills"] = round(time.perf_counter() - begin, 1)
     return count
 
 
+def _until_done(job, folder: Path, settings: list[dict], seconds_between: float, rng: random.Random, count: dict) -> None:
+    whole, held, code = _stamps(folder / "whole"), {}, None
+    while code != 0 or set(held) != set(whole) or any(store.failures(view) for store in stores(folder / "killed") for view in store.views):
+        workers = int(rng.random() < 0.3)
+        after = rng.uniform(0, 2 * seconds_between) + workers * rng.uniform(0, 3)  # a worker takes its time to start
+        code = _killed(job, settings[workers], after, workers and rng.random() < 0.5, count)
+        assert code in (0, -signal.SIGKILL), f"exit code {code}"
+        there = _stamps(folder / "killed")
+        new = [name for name in there if held.get(name) != there[name]]
+        count["lost"] += sum(name not in there for name in held)
+        count["wrong"] += sum((folder / "killed" / name).read_bytes() != (folder / "whole" / name).read_bytes() for name in new)
+        count["shards_compared"] += len(new)
+        held = there
+
+
 def _stamps(features: Path) -> dict[str, tuple]:
-    return {str(p.relative_to(features)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in features.glob("*/*/*/[!.]*.safetensors")} if features.exists() else {}
+    return {str(p.relative_to(features)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in features.glob("*/*/*/[!.]*.safetensors")}
 
 
 def _killed(job, settings: dict, after: float, worker_instead: bool, count: dict) -> int:  # exit code
