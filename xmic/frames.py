@@ -140,7 +140,7 @@ class FrameShard:
         for first in range(0, self.count, count):
             yield self.read(np.arange(first, min(first + count, self.count)))
 
-# %% ../nbs/20_frames.ipynb #21472985
+# %% ../nbs/20_frames.ipynb #347763bc
 class FrameStore:
     "Decoded frames of one dataset in one view, as they lie on disk."
 
@@ -150,9 +150,10 @@ class FrameStore:
         self.folder = Path(folder)
         if not (self.folder / "manifest.json").exists():
             raise DataError(f"{self.folder} holds no frames: store them first with `store_dataset`")
-        self.manifest = read_json(self.folder / "manifest.json")
+        self.manifest = read_json(self.folder / "manifest.json", dict)
         self.failure_log = FailureLog(self.folder / "failures.jsonl")
-        self.side: int = self.manifest["size"]
+        self.side = self.manifest.get("size")
+        if type(self.side) is not int: raise DataError(f"{self.folder / 'manifest.json'}: it does not say the size of the frames: store them again")
         self.shards = [FrameShard(path) for path in sorted(self.folder.glob("[!.]*.safetensors"))]
         self.place: dict[str, tuple[int, int, int]] = {}  # segment -> shard, first row, rows
         for number, shard in enumerate(self.shards):
