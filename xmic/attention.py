@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['linear', 'Linear', 'QuickGELU', 'Block', 'Transformer']
 
-# %% ../nbs/14_attention.ipynb #f72e7956
+# %% ../nbs/14_attention.ipynb #1d119b63
 import platform
 from collections import OrderedDict
 from math import prod
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 # %% ../nbs/14_attention.ipynb #959b18c7
 _HAS_ONEDNN = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -47,8 +47,8 @@ class _OneDNN(torch.autograd.Function):
         runs = zip(*([x] * info.batch_size if dim is None else x.unbind(dim) for x, dim in zip(inputs, dims)))
         return torch.stack([_OneDNN.apply(*run) for run in runs]), 0
 
-# %% ../nbs/14_attention.ipynb #8c418231
-if _HAS_ONEDNN:
+# %% ../nbs/14_attention.ipynb #b3fd43fe
+if _HAS_ONEDNN and torch.ops.mkldnn._linear_pointwise not in flop_registry:
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _product_flop(x, weight, *_, **__) -> int:
         return 2 * prod(x) * weight[0]

@@ -161,7 +161,16 @@ def _epic_media(
     frames = [person / "rgb_frames" / video_id, home / "rgb_frames" / video_id]
     return _first({"auto": videos + frames, "video": videos, "frames": frames}[media])
 
-# %% ../nbs/03_segments.ipynb #7be0a953
+# %% ../nbs/03_segments.ipynb #322af6b1
+def _one_of(
+    value: str,
+    choices: Iterable[str],
+    what: str,  # what the value is called
+) -> None:
+    if value not in choices:
+        raise DataError(f"{what} is {' or '.join(repr(choice) for choice in choices)}, not {value!r}{did_you_mean(value, choices)}")
+
+
 def _epic_classes(
     root: Path,
     kind: str,  # "noun" or "verb"
@@ -390,18 +399,9 @@ def read_csv(
         split=split, **_numbers(rows, ["start_sec", "stop_sec"], path),
         **_numbers(frames, ["start_frame", "stop_frame"], path, whole=True)), path)
 
-# %% ../nbs/03_segments.ipynb #b8622257
+# %% ../nbs/03_segments.ipynb #54284a80
 _SPLITS = {"epic": {"train": "train", "test": "validation", "challenge": "test"}, "ego4d": {"train": "train", "test": "val"},
            "egtea": {"train": "train", "test": "test"}, "csv": {"train": "train", "test": "test"}}
-
-
-def _one_of(
-    value: str,
-    choices: Iterable[str],
-    what: str,  # what the value is called
-) -> None:
-    if value not in choices:
-        raise DataError(f"{what} is {' or '.join(repr(choice) for choice in choices)}, not {value!r}{did_you_mean(value, choices)}")
 
 
 def read_segments(
