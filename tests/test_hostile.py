@@ -21,7 +21,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from videos import watch, watch_in_worker, write_video
 from xmic.challenge import read_submission
@@ -29,7 +28,7 @@ from xmic.classes import ClassSet
 from xmic.encoders import embed_classes, load_weights, read_weights
 from xmic.experiments import Profile, _changed
 from xmic.features import FeatureStore, read_shard, shard_name, write_shard
-from xmic.files import DataError, read_json, read_table
+from xmic.files import DataError, read_table
 from xmic.frames import FrameShard, FrameStore, ShardWriter
 from xmic.hands import Detections, HandBoxes, read_100doh, read_boxes, read_epic_hands
 from xmic.lavila import LaViLaConfig, fit_weights, read_checkpoint, read_lavila
