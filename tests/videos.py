@@ -168,3 +168,17 @@ def misbehave(task: str):
     if task == "torch":
         yield "torch" in sys.modules
     yield task
+
+
+def watch(path: str, backend: str) -> None:
+    "Reads of a video what extraction and the recogniser read."
+    from xmic.video import frame_times, iter_frames, probe, read_frames
+    info = probe(path, backend)
+    assert 0 < info.duration < 1e7 and info.frames == len(frame_times(path, backend))
+    read_frames(path, np.linspace(0, info.frames - 1, 4).astype(int), backend)
+    for _ in iter_frames(path, np.arange(min(info.frames, 40)), 16, backend): pass
+
+
+def watch_in_worker(task):
+    watch(task.path, "decord")
+    yield task.path

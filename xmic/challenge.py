@@ -156,7 +156,7 @@ def _levels(head: dict[str, Any]) -> list[str]:
     return [f"{name} must be a whole number from 0 to 5, not {brief(repr(head.get(name)))}" for name in LEVELS
             if type(head.get(name)) is not int or not 0 <= head[name] <= 5]
 
-# %% ../nbs/22_challenge.ipynb #2f842849
+# %% ../nbs/22_challenge.ipynb #f12ce769
 @dataclass
 class Submission:
     "A submission as it was read."
@@ -204,18 +204,15 @@ def _content(
 ) -> dict:
     try:
         if path.suffix == ".zip":
-            with ZipFile(path) as archive:
-                size = archive.getinfo("test.json").file_size
-                text = archive.read("test.json") if size <= room else b""
+            with ZipFile(path) as archive, archive.open("test.json") as file: text = file.read(room + 1)
         else:
-            size = path.stat().st_size
-            text = path.read_bytes() if size <= room else b""
+            with open(path, "rb") as file: text = file.read(room + 1)
     except KeyError:
         raise DataError(f"{path}: no test.json in it") from None
     except (OSError, BadZipFile, EOFError, RuntimeError, ValueError, zlib.error) as e:
         raise DataError(f"{path}: cannot be read ({e}); it may be cut short or damaged") from None
-    if size > room:
-        raise DataError(f"{path}: test.json has {size:,} bytes, and one for these segments has less than {room:,}; it is another file, or made to fill the memory")
+    if len(text) > room:
+        raise DataError(f"{path}: test.json has more than {room:,} bytes, and one for these segments has less; it is another file, or made to fill the memory")
     return parse_json(text, path, dict)
 
 
@@ -254,13 +251,15 @@ def _entry(name: str, entry: Any, sizes: dict[str, int], with_actions: bool) -> 
 
 
 def _numbers(name: str, kind: str, values: dict) -> list[str]:
-    odd = [f"{name}: {kind} {key!r} has the score {brief(repr(value))}" for key, value in values.items() if type(value) not in (int, float) or not abs(value) < 1e300]
+    odd = [f"{name}: {kind} {brief(key)!r} has the score {brief(repr(value))}"
+           for key, value in values.items() if type(value) not in (int, float) or not abs(value) < 1e300]
     return odd[:1]
 
 
 def _is_action(key: str, sizes: dict[str, int]) -> bool:
     parts = key.split(",")
-    return len(parts) == 2 and all(part.isdecimal() and len(part) < 9 and str(int(part)) == part and int(part) < size for part, size in zip(parts, sizes.values()))
+    return len(parts) == 2 and all(part.isdecimal() and len(part) < 9 and str(int(part)) == part
+                                   and int(part) < size for part, size in zip(parts, sizes.values()))
 
 # %% ../nbs/22_challenge.ipynb #bbd58447
 def challenge_measures(

@@ -6,7 +6,7 @@
 __all__ = ['brief', 'DataError', 'project_root', 'from_root', 'whole_file', 'write_json', 'parse_json', 'read_json', 'read_text',
            'read_table', 'check_pickle', 'check_archive', 'did_you_mean', 'settings', 'notebook_settings']
 
-# %% ../nbs/00_files.ipynb #4a83214f
+# %% ../nbs/00_files.ipynb #ae87258f
 import difflib
 import io
 import json
@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import UnionType
 from typing import Any, Iterable, Iterator, get_args, get_origin, get_type_hints
-from zipfile import ZipFile
+from zipfile import ZIP_STORED, ZipFile
 
 import pandas as pd
 
@@ -175,7 +175,7 @@ def read_table(
         raise DataError(f"{path}: column {brief(table.columns[table.columns.duplicated()][0])} stands in it more than once")
     return table.fillna("")
 
-# %% ../nbs/00_files.ipynb #29238280
+# %% ../nbs/00_files.ipynb #116b249c
 _MARKED = {op.name for op in pickletools.opcodes if pickletools.markobject in op.stack_before}  # these take all down to a mark
 _TAKES = {op.name: sum(kind not in (pickletools.markobject, pickletools.stackslice) for kind in op.stack_before) for op in pickletools.opcodes}
 _GIVES = {op.name: len(op.stack_after) for op in pickletools.opcodes}
@@ -227,17 +227,18 @@ def _made(name: str, parts: list[tuple[int, int]], depth: int) -> tuple[int, int
 def check_archive(
     path: str | Path,  # what torch.save or torch.jit.save has written
 ) -> bool:  # whether it is a ZIP, as all but very old ones are
-    "Raises an error for a weight file that claims more bytes than it has, or whose pickles `check_pickle` refuses."
+    "Raises an error for a weight file whose tensors claim more bytes than it has, or whose pickles `check_pickle` refuses."
     with open(path, "rb") as file:
         size, zipped = os.fstat(file.fileno()).st_size, file.read(4) == b"PK\x03\x04"
         file.seek(0)
         for _ in range(0 if zipped else 5): check_pickle(file, size)
     if zipped:
         with ZipFile(path) as archive:
-            if (claimed := sum(entry.file_size for entry in archive.infolist())) > size:
-                raise ValueError(f"its entries claim {claimed:,} bytes, and the file has {size:,}; weights are never compressed")
-            for name in archive.namelist():
-                if name.endswith(".pkl"): check_pickle(io.BytesIO(archive.read(name)), size)
+            entries = [entry for entry in archive.infolist() if entry.filename.endswith(".pkl") or "/data/" in entry.filename]
+            if any(entry.compress_type != ZIP_STORED for entry in entries) or sum(entry.file_size for entry in entries) > size:
+                raise ValueError("its tensors are compressed, or claim more bytes than the file has")
+            for entry in entries:
+                if entry.filename.endswith(".pkl"): check_pickle(io.BytesIO(archive.read(entry)), size)
     return zipped
 
 # %% ../nbs/00_files.ipynb #4f5a471d

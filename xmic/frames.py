@@ -139,7 +139,7 @@ class FrameShard:
         for first in range(0, self.count, count):
             yield self.read(np.arange(first, min(first + count, self.count)))
 
-# %% ../nbs/18_frames.ipynb #40c96579
+# %% ../nbs/18_frames.ipynb #ae408e75
 class FrameStore:
     "Decoded frames of one dataset in one view, as they lie on disk."
 
@@ -149,8 +149,9 @@ class FrameStore:
         self.folder = Path(folder)
         if not (self.folder / "manifest.json").exists():
             raise DataError(f"{self.folder} holds no frames: store them first with `store_dataset`")
-        self.manifest = read_json(self.folder / "manifest.json")
-        self.side: int = self.manifest["size"]
+        self.manifest = read_json(self.folder / "manifest.json", dict)
+        self.side = self.manifest.get("size")
+        if type(self.side) is not int: raise DataError(f"{self.folder / 'manifest.json'}: it does not say the size of the frames: store them again")
         self.shards = [FrameShard(path) for path in sorted(self.folder.glob("[!.]*.safetensors"))]
         self.place: dict[str, tuple[int, int, int]] = {}  # segment -> shard, first row, rows
         for number, shard in enumerate(self.shards):
@@ -183,7 +184,7 @@ class FrameStore:
     def failures(self) -> dict[str, dict]:  # segment id -> video_id, video_path, cause, bytes
         "What could not be decoded, and why."
         path = self.folder / "failures.json"
-        return read_json(path) if path.exists() else {}
+        return read_json(path, dict) if path.exists() else {}
 
     def missing(self,
                 segments: pd.DataFrame,  # as the readers of `segments` give them

@@ -25,7 +25,7 @@ from .files import DataError, brief, did_you_mean, read_json, read_table, read_t
 COLUMNS = ["segment_id", "video_id", "video_path", "start_sec", "stop_sec", "start_frame", "stop_frame",
            "verb", "noun", "narration", "split"]
 
-# %% ../nbs/03_segments.ipynb #be6161c0
+# %% ../nbs/03_segments.ipynb #1d7fc2bd
 def _reject(
     wrong: pd.Series | np.ndarray,  # bool, one for each row
     what: str,  # the file, and what is wrong
@@ -64,6 +64,7 @@ def _plain(
 
 
 _NO_ID = re.compile(r"[\x00-\x1f\x7f]|^.{501}")  # control characters, or very long
+_NO_PATH = re.compile(r"[\x00-\x1f\x7f]|^.{4001}")
 _CLIMBS = re.compile(r"^(?:[/\\]|[A-Za-z]:)|(?:^|[/\\])\.\.(?:[/\\]|$)")  # an absolute path, or one with .. in it
 
 
@@ -77,6 +78,7 @@ def _checked(
     _reject(ids == "", f"{where}: segment_id is empty", table, times)
     for column, fault, what in (("segment_id", _NO_ID, "has line breaks or other control characters in it, or more than 500 characters"),
                                 ("video_id", _NO_ID, "has line breaks or other control characters in it, or more than 500 characters"),
+                                ("video_path", _NO_PATH, "has line breaks or other control characters in it, or more than 4,000 characters"),
                                 ("video_id", _CLIMBS, "is a path that leaves its folder; name the file in video_path instead")):
         _reject(table[column].isin([i for i in table[column].unique() if fault.search(i)]), f"{where}: {column} {what}", table, [column, "start_sec"])
     _reject(ids.duplicated(keep=False), f"{where}: segment_id is repeated", table, times)
@@ -197,7 +199,7 @@ def read_epic(
         **_numbers(rows, ["start_frame", "stop_frame"], path, whole=True), **labels, split=split)
     return _checked(table, path)
 
-# %% ../nbs/03_segments.ipynb #84c8fb63
+# %% ../nbs/03_segments.ipynb #a72aa23d
 _EGO4D_FOLDERS = ["v2/annotations", "annotations"]
 _EGO4D_SOURCE = "from the ego4d command: ego4d --datasets annotations clips --benchmarks FHO --version v2"
 _EGO4D_NEEDS = ["clip_uid", "action_idx", "action_clip_start_sec", "action_clip_end_sec",
@@ -217,7 +219,8 @@ def _ego4d_rows(
                if (missing := [key for key in _EGO4D_NEEDS if clip.get(key) is None])]
     if lacking:
         raise DataError.rows(f"{path}: actions without all of {', '.join(_EGO4D_NEEDS)}", lacking)
-    if odd := [f"row {row}: {key} {shown(clip[key])}" for row, clip in enumerate(clips, 1) for key, kind in _EGO4D_KINDS if not isinstance(clip.get(key, ""), kind)]:
+    if odd := [f"row {row}: {key} {shown(clip[key])}" for row, clip in enumerate(clips, 1)
+               for key, kind in _EGO4D_KINDS if key in clip and not isinstance(clip[key], kind)]:
         raise DataError.rows(f"{path}: texts and whole numbers are expected", odd)
     return pd.DataFrame({key: [clip.get(key) for clip in clips] for key in [*_EGO4D_NEEDS, "narration_text"]})
 

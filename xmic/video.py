@@ -71,7 +71,7 @@ class VideoError(DataError):
         place = f", {'frame' if len(self.frames) == 1 else 'frames'} {shown}" if shown else ""
         return f"{self.path}{place}: {self.cause}"
 
-# %% ../nbs/04_video.ipynb #2e060149
+# %% ../nbs/04_video.ipynb #b97255e4
 _DECODER_ERRORS = (av.error.FFmpegError, OSError, RuntimeError, IndexError, MemoryError)
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,ogg,flv,asf,mxf"  # no playlists, which name other files, and no text
 MOST_PIXELS = 2**26  # of a frame: four times 4K
@@ -84,7 +84,7 @@ def _container(
     path: str,
 ) -> Iterator[tuple[Any, Any]]:  # the open file and its video stream
     try:
-        container = av.open(path, options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"})
+        container = av.open(path, metadata_errors="replace", options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"})
     except _DECODER_ERRORS as e:
         raise VideoError(path, f"no video can be found in it; it may be cut short or of another kind ({e})") from None
     with container:
