@@ -270,7 +270,7 @@ def main() -> None:
     try:
         report["annotations"] = make_stores(root, {512: None, 128: 960})
         report["rates"] = rate = alone(rates, *where)
-        report["logit_memory"] = [alone(logit_memory, 512, c, b) for b in options.batch_sizes for c in options.classes]
+        report["logit_memory"] = [logit_memory(512, c, b) for b in options.batch_sizes for c in options.classes]
         report["steps"] = steps = []
         plan = [(way, 512, c, b, 1) for b in options.batch_sizes for c in options.classes for way in ("kit", "plain")]
         plan += [("together", 512, options.classes[-1], b, options.runs) for b in options.batch_sizes]
@@ -278,7 +278,7 @@ def main() -> None:
         for way, width, classes, size, runs in plan:
             steps.append(alone(measure, root, way, width, classes, size, max(3, options.steps * 32 // size), runs, *where))
             print(pd.DataFrame(steps[-1:]).drop(columns="memory_mib").round(2).to_string(index=False), flush=True)
-        report["floors"] = floors = [alone(floor, root, 512, c, b, *where) for b in options.batch_sizes for c in options.classes]
+        report["floors"] = floors = [floor(root, 512, c, b, *where) for b in options.batch_sizes for c in options.classes]
         on_floor(floors, rate, steps)
         report |= dict(times_faster=ratios(steps), one_pass=one_pass(steps))
         if device.type == "cuda":

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 
 from xmic.adapter import XMIC, Batch, EgoSpatioTemporalAttention, ZeroShot, cosine_logits, trained_parameters
-from xmic.attention import Transformer
+from xmic.attention import Block, Transformer, linear
 from xmic.encoders import ClassEmbeddings
 from xmic.files import DataError
 
@@ -198,3 +198,47 @@ def test_another_number_of_frames_is_refused():
 def test_no_layers_is_the_identity():
     x = torch.randn(2, 5, 16)
     assert torch.equal(Transformer(16, 0)(x), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 16])
+def test_a_layer_equals_pytorchs_attention(tokens, dtype):
+    block, x = Block(32).to(dtype), torch.randn(6, tokens, 32, dtype=dtype, requires_grad=True)
+    torch.nn.init.normal_(block.attn.in_proj_bias)
+    y = block.ln_1(x)
+    halfway = x + block.attn(y, y, y, need_weights=False)[0]
+    z = block.ln_2(halfway)
+    plain = halfway + F.linear(block.mlp.gelu(F.linear(z, block.mlp.c_fc.weight, block.mlp.c_fc.bias)), block.mlp.c_proj.weight, block.mlp.c_proj.bias)
+    tolerance = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else dict(rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(block(x), plain, **tolerance)
+    wanted = [x, *block.parameters()]
+    for ours, theirs in zip(*(torch.autograd.grad(out.square().sum(), wanted) for out in (block(x), plain))):
+        torch.testing.assert_close(ours, theirs, rtol=10 * tolerance["rtol"], atol=100 * tolerance["atol"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=st.lists(st.integers(0, 5), min_size=0, max_size=3), d=st.integers(1, 40), out=st.integers(1, 40), bias=st.booleans(), turned=st.booleans())
+def test_linear_maps_equal_pytorchs(shape, d, out, bias, turned):
+    x = torch.randn(d, *shape).movedim(0, -1) if turned else torch.randn(*shape, d)
+    x, weight, bias = x.requires_grad_(), torch.randn(out, d, requires_grad=True), torch.randn(out, requires_grad=True) if bias else None
+    given = [t for t in (x, weight, bias) if t is not None]
+    (ours, mine), (theirs, expected) = ((y, torch.autograd.grad(y.square().sum(), given)) for y in (f(x, weight, bias) for f in (linear, F.linear)))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for a, b in zip(mine, expected):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_linear_maps_of_several_runs_at_once():
+    x, weights, bias = torch.randn(3, 4, 5, 8), torch.randn(3, 6, 8, requires_grad=True), torch.randn(6)
+    stacked = torch.func.vmap(linear, in_dims=(0, 0, None))(x, weights, bias)
+    alone = torch.stack([F.linear(a, w, bias) for a, w in zip(x, weights)])
+    torch.testing.assert_close(stacked, alone)
+    for a, b in zip(*(torch.autograd.grad(out.square().sum(), weights) for out in (stacked, alone))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_linear_maps_leave_bf16_to_pytorch():
+    x, weight = torch.randn(4, 8), torch.randn(6, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+    assert linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16

@@ -12,7 +12,7 @@ from test_training import config, made, make_dataset, same, weights  # noqa: F40
 from xmic import together
 from xmic.files import DataError
 from xmic.together import Together, alike
-from xmic.training import TrainConfig, resolve, train
+from xmic.training import RunData, TrainConfig, Trainer, resolve, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
 train_together = partial(together.train_together, stacked=True)
@@ -57,7 +57,6 @@ def test_runs_differ_from_each_other(config):
 
 def stopped(configs, monkeypatch, epoch: int, saves: int) -> None:
     "Stops after this epoch, when so many of the runs have been saved."
-    from xmic.training import Trainer
     original, done = Trainer.save, []
 
     def save(self, path, *more):
@@ -129,3 +128,42 @@ def test_two_runs_of_one_folder_are_refused(config):
     with pytest.raises(DataError, match="two runs of one folder"):
         train_together([config, config])
     assert not Path(config.runs_root).exists()
+
+
+# On a GPU
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@gpu
+def test_a_recorded_step_trains_as_a_step_by_itself(config, monkeypatch):
+    config = replace(config, device="cuda", precision="fp32")
+    recorded = train(replace(config, name="recorded")), *train_together(variants(config, "recorded"))
+    monkeypatch.setenv("XMIC_CUDA_GRAPHS", "0")
+    for run, settings in zip(recorded, [replace(config, name="alone"), *variants(config, "alone")]):
+        is_as_alone(run, train(settings))
+
+
+@gpu
+@pytest.mark.parametrize("runs", [1, 3])
+def test_nothing_in_an_epoch_waits_for_the_device(config, runs):
+    config = resolve(replace(config, device="cuda"))
+    data = RunData(config, torch.device("cuda"))
+    trainers = [Trainer(config, data.method(), data.text["csv"], data.split("csv", "train"), data.device, graph=False) for _ in range(runs)]
+    stacked = Together(trainers) if runs > 1 else None
+    given = [t.epoch_given(*t.begin_epoch()) for t in trainers]
+    steps = stacked.steps if stacked else trainers[0].device_steps
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        steps.run({k: torch.stack([g[k] for g in given], 1) for k in given[0]} if stacked else given[0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+def test_a_step_is_recorded(config):
+    config = resolve(replace(config, device="cuda"))
+    data = RunData(config, torch.device("cuda"))
+    trainer = Trainer(config, data.method(), data.text["csv"], data.split("csv", "train"), data.device)
+    trainer.run_epoch()
+    assert trainer.device_steps.recorded is not None
