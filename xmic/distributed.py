@@ -203,9 +203,9 @@ def main(
     "Runs a command in this process, as a part of what torchrun or a slurm array has launched."
     store = None
     try:
+        store = _join()
         if len(arguments) != 2 or arguments[0] not in COMMANDS:
             raise DataError(f"usage: python -m xmic.distributed {'|'.join(COMMANDS)} settings.json")
-        store = _join()
         if words := COMMANDS[arguments[0]](read_json(from_root(arguments[1]))):
             print(words, flush=True)
         if store: dist.destroy_process_group()
