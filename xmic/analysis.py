@@ -137,8 +137,8 @@ def plot_accuracies(
     sns.despine(fig)
     return fig
 
-# %% ../nbs/24_analysis.ipynb #62cec53f
-_PLACES = ("labels", "name", "runs_root", "data_root", "target_roots", "features_root", "device", "resident", "progress")
+# %% ../nbs/24_analysis.ipynb #b8be4d43
+_PLACES = ("labels", "name", "runs_root", "data_root", "target_roots", "features_root", "device", "resident", "progress", "tensorboard")
 
 
 def pair_runs(

@@ -7,7 +7,7 @@ __all__ = ['IN_FLIGHT', 'write_shard', 'read_shard', 'shard_name', 'read_checked
            'ExtractReport', 'manifest_of', 'file_size', 'Timed', 'extract', 'ExtractConfig', 'resize_policy',
            'dataset_store', 'hand_boxes', 'extract_dataset']
 
-# %% ../nbs/12_features.ipynb #1e2d5402
+# %% ../nbs/12_features.ipynb #28752754
 import hashlib
 import json
 import os
@@ -30,12 +30,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .clips import Clip, ClipTask, Failed, Pixels, clip_pixels
 from .distributed import deal_videos
 from .encoders import Encoder, create_encoder
-from .files import DataError, brief, from_root, one_at_a_time, parse_json, read_json, remove_leftovers, whole_file, writable, write_json
+from .files import DataError, brief, data_folder, from_root, one_at_a_time, parse_json, progress_bar, read_json, remove_leftovers, whole_file, writable, write_json
 from .hands import HandBoxes
 from .segments import read_segments
 from .video import DecodePool, WorkerKilled, decoder_version
@@ -635,7 +634,7 @@ class Timed:
         finally:
             self.waited += time.perf_counter() - asked
 
-# %% ../nbs/12_features.ipynb #924f2098
+# %% ../nbs/12_features.ipynb #48dbc647
 def _encode_videos(
     tasks: list[ClipTask],
     begin: Callable[[ClipTask], _Video],
@@ -647,7 +646,7 @@ def _encode_videos(
     "Encodes what the decoding workers send, and stores one video after the other."
     items, start = Timed(pool.map(clip_pixels, tasks)), time.perf_counter()
     videos: deque[_Video] = deque()  # begun and not stored
-    with tqdm(total=len(tasks), unit="video", mininterval=1, disable=None if progress else True) as bar:
+    with progress_bar(len(tasks), "video", show=progress) as bar:
         def store_whole() -> None:
             while videos and videos[0].ended and not videos[0].due:
                 videos.popleft().finish()
@@ -711,13 +710,13 @@ def extract(
     report.seconds = time.perf_counter() - begin
     return report
 
-# %% ../nbs/12_features.ipynb #6d00d3bf
+# %% ../nbs/12_features.ipynb #1ab1a7f8
 @dataclass
 class ExtractConfig:
     "All settings of an extraction."
 
     dataset: str = "epic"  # epic, ego4d, egtea or csv
-    data_root: str | None = None  # its folder; None: data/<dataset>
+    data_root: str | None = None  # its folder; None: XMIC_DATA/<dataset>, or data/<dataset>
     splits: list[str] = field(default_factory=lambda: ["train", "test"])  # which segments
     encoder: str = "ViT-B-16-quickgelu"  # an open_clip or timm name, or one of DINOv2's, such as "dinov2_vitl14"
     weights: str | None = None  # pretrained tag, local file, or "random"; None: OpenAI's
@@ -759,12 +758,12 @@ def dataset_store(
     "Where the features of a dataset by an encoder lie."
     return FeatureStore(Path(features_root) / encoder.with_resize(resize_policy(resize, dataset)).fingerprint / dataset)
 
-# %% ../nbs/12_features.ipynb #828fc5c8
+# %% ../nbs/12_features.ipynb #16d50265
 def hand_boxes(
     config: ExtractConfig,
 ) -> HandBoxes | None:  # None where a dataset comes without any and none are named
     "The hand boxes of a dataset: those named, else those that lie where data/README.md says."
-    root = from_root(config.data_root or f"data/{config.dataset}")
+    root = data_folder(config.dataset, config.data_root)
     root = root if root.is_dir() else root.parent
     named = [from_root(config.boxes)] if config.boxes else [
         root / "hand_boxes.csv", *sorted((root / "annotations" / "hand_crops").glob("*.pkl"))[:1], root / "hand-objects", root / "100doh"]
@@ -782,12 +781,12 @@ def hand_boxes(
         return HandBoxes.from_epic(place, max_gap=config.max_gap, **thresholds)
     return HandBoxes.from_100doh(place, max_gap=config.max_gap, **thresholds)
 
-# %% ../nbs/12_features.ipynb #95f07d7e
+# %% ../nbs/12_features.ipynb #558790ba
 def extract_dataset(
     config: ExtractConfig,
 ) -> tuple[FeatureStore, ExtractReport]:
     "Extracts the features of a dataset. Raises `DataError` for settings and data that cannot be used, before anything is decoded."
-    root = from_root(config.data_root or f"data/{config.dataset}")
+    root = data_folder(config.dataset, config.data_root)
     segments = pd.concat([read_segments(config.dataset, root, split) for split in config.splits], ignore_index=True)
     boxes = hand_boxes(config) if "hand" in config.views else None
     if "hand" in config.views and boxes is None:

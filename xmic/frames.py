@@ -6,7 +6,7 @@
 __all__ = ['ShardWriter', 'FrameShard', 'FrameStore', 'frames_folder', 'store_frames', 'store_dataset', 'random_crops',
            'crop_clip', 'PixelStreams']
 
-# %% ../nbs/20_frames.ipynb #281263b2
+# %% ../nbs/20_frames.ipynb #b7dac242
 import hashlib
 import json
 import math
@@ -26,13 +26,12 @@ import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resized_crop
-from tqdm.auto import tqdm
 
 from .clips import Clip, ClipTask, Failed, Pixels, clip_pixels
 from .distributed import deal_videos
 from .encoders import create_encoder
 from .features import ExtractConfig, ExtractReport, FailureLog, Timed, file_size, hand_boxes, resize_policy, shard_name
-from .files import DataError, brief, from_root, parse_json, read_json, whole_file, write_json
+from .files import DataError, brief, data_folder, from_root, parse_json, progress_bar, read_json, whole_file, write_json
 from .hands import HandBoxes
 from .pixels import Preprocess
 from .segments import read_segments
@@ -294,7 +293,7 @@ def _split_tables(shard: FrameShard) -> dict[str, tuple[np.ndarray, np.ndarray]]
     ends = np.cumsum(list(shard.segments.values()))[:-1]
     return dict(zip(shard.segments, zip(*(np.split(table, ends) for table in shard.tables))))
 
-# %% ../nbs/20_frames.ipynb #57ebd1a4
+# %% ../nbs/20_frames.ipynb #6537bee2
 def store_frames(
     segments: pd.DataFrame,  # as the readers of `segments` give them
     folder: str | Path,  # see `frames_folder`
@@ -321,7 +320,7 @@ def store_frames(
     todo = _left_to_do(segments, store, report)
     _check_room(folder, {} if whole_files else todo, store.side, feature_fps)
     tasks = [ClipTask(video, tuple(rows), (view,), (preprocess,), feature_fps, boxes, backend, whole_files) for video, rows in todo.items()]
-    with DecodePool(workers, timeout) as pool, tqdm(total=len(tasks), unit="video", mininterval=1, disable=None if progress else True) as bar:
+    with DecodePool(workers, timeout) as pool, progress_bar(len(tasks), "video", show=progress) as bar:
         sent = Timed(pool.map(clip_pixels, tasks))
         for number, items in groupby(sent, key=lambda item: item.task):
             _store_video(tasks[number], items, store, report)
@@ -331,13 +330,13 @@ def store_frames(
     report.seconds, report.waiting = time.perf_counter() - begin, sent.waited
     return FrameStore(folder), report
 
-# %% ../nbs/20_frames.ipynb #4d5d6d4a
+# %% ../nbs/20_frames.ipynb #3de22c14
 def store_dataset(
     config: ExtractConfig,  # `precision`, `batch_size` and `device` have no meaning here
     view: str = "full",  # or "hand"
 ) -> tuple[FrameStore, ExtractReport]:
     "Stores the frames of a dataset. Raises `DataError` for settings and data that cannot be used, before anything is decoded."
-    root = from_root(config.data_root or f"data/{config.dataset}")
+    root = data_folder(config.dataset, config.data_root)
     segments = pd.concat([read_segments(config.dataset, root, split) for split in config.splits], ignore_index=True)
     preprocess = create_encoder(config.encoder, config.weights, "cpu").with_resize(resize_policy(config.resize, config.dataset)).preprocess
     workers = max(1, (os.cpu_count() or 2) - 1) if config.workers is None else config.workers

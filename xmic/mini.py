@@ -6,7 +6,7 @@
 __all__ = ['EPIC_VERBS', 'EGO4D_VERBS', 'EGTEA_VERBS', 'USUAL', 'LISTS', 'SIZES', 'WORLD', 'usual', 'Lists', 'Detector', 'Reel',
            'plan', 'write_video', 'write_reel', 'build', 'contact_sheet']
 
-# %% ../nbs/30_mini.ipynb #01cf173b
+# %% ../nbs/30_mini.ipynb #3b9d91ad
 import csv
 import fcntl
 import math
@@ -23,10 +23,9 @@ import av
 import cv2
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from .classes import clean_ego4d, clean_egtea, clean_epic
-from .files import DataError, from_root, read_json, whole_file, write_json
+from .files import DataError, from_root, progress_bar, read_json, whole_file, write_json
 from .hands import Detections, Hand, HandBoxes, Object, union_box
 from .scenes import FIXED, LOOKS, Action, Footage, Truth
 from .segments import epic_frame_rate, head_classes
@@ -391,7 +390,7 @@ def write_reel(
     write_video(root / reel.path, reel.footage)
     yield len(reel.actions)
 
-# %% ../nbs/30_mini.ipynb #9fdb5991
+# %% ../nbs/30_mini.ipynb #3b94a3fc
 def _same_world(
     root: Path,
     wanted: dict,  # version, size, seed
@@ -434,7 +433,7 @@ def build(
                 part.unlink()
         clips, left = (sum(len(reel.actions) for reel in some) for some in (reels, todo))
         with DecodePool((os.cpu_count() or 2) if workers is None else workers, timeout=600) as pool, \
-                tqdm(total=clips, initial=clips - left, desc="mini world", unit="clip", mininterval=1, disable=None if progress else True) as bar:
+                progress_bar(clips, "clip", clips - left, "mini world", progress) as bar:
             for item in pool.map(write_reel, [(root / reel.dataset, reel) for reel in todo], ordered=False):
                 if item.error:
                     raise item.error
