@@ -25,7 +25,7 @@ from copy import copy
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
 import huggingface_hub
 import numpy as np
@@ -64,7 +64,7 @@ def hash_weights(
     def digest(item: tuple[str, Tensor]) -> bytes:
         name, tensor = item
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        return hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + hashlib.sha256(values).digest()).digest()
+        return hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + hashlib.sha256(values.data).digest()).digest()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return hashlib.sha256(b"".join(pool.map(digest, sorted(model.state_dict().items())))).hexdigest()
 
@@ -96,6 +96,8 @@ class Encoder(nn.Module):
     "A frozen image tower, with a text tower where `tokenizer` is given. Features are float32, after the projection, not normalised."
 
     clip_frames: int = 1  # how many frames one feature is made from
+    mean: Tensor  # (1, 3, 1, 1), as the model was trained
+    std: Tensor
 
     def __init__(
         self,
@@ -113,7 +115,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.name, self.preprocess, self.dim, self.precision, self.weights = name, preprocess, dim, precision, weights
         self.tokenizer, self.trained_resize = tokenizer, trained_resize
-        self.model = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
         scale = getattr(model, "logit_scale", None)
         self.logit_scale: float | None = None if scale is None else scale.exp().item()  # factor of the cosine, 100 for OpenAI's
         bias = getattr(model, "logit_bias", None)
@@ -267,7 +269,8 @@ class ArchiveUnpickler(pickle.Unpickler):
 
     def __init__(self, archive: zipfile.ZipFile, root: str):
         super().__init__(BytesIO(archive.read(f"{root}/data.pkl")))
-        self.archive, self.root, self.storages = archive, root, {}
+        self.archive, self.root = archive, root
+        self.storages: dict[tuple[torch.dtype, str], Tensor] = {}
 
     def find_class(self, module, name):
         if module.split(".")[0] == "__torch__": return type(name, (), {})
