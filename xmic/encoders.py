@@ -272,7 +272,7 @@ class ArchiveUnpickler(pickle.Unpickler):
         self.archive, self.root = archive, root
         self.storages: dict[tuple[torch.dtype, str], Tensor] = {}
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] == "__torch__": return type(name, (), {})
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset)
@@ -281,7 +281,7 @@ class ArchiveUnpickler(pickle.Unpickler):
         if module == "torch.jit._pickle": return lambda value, *_: value
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
-    def persistent_load(self, pid):
+    def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, _, _ = pid
         if (dtype, key) not in self.storages:
             self.storages[dtype, key] = torch.frombuffer(bytearray(self.archive.read(f"{self.root}/data/{key}")), dtype=dtype)
@@ -312,6 +312,7 @@ def read_weights(
     "The tensors of a weight file by name. Runs nothing that the file contains; raises `DataError` if it holds anything else."
     path = Path(path)
     try:
+        state: Any
         if path.suffix == ".safetensors": state = load_file(path)
         else: state = _read_archive(path) or torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -368,7 +369,7 @@ def fetch_weights(
 ) -> Path:
     "The local file of a pretrained tag, downloaded if it has to be; raises `DataError` that names the file and its address."
     if has_text(name):
-        config = open_clip.get_pretrained_cfg(name, tag)
+        config: Any = open_clip.get_pretrained_cfg(name, tag)
         (repo, file), official = os.path.split(config.get("hf_hub", "")), ""
         files = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
         download = lambda: open_clip.download_pretrained(config)
@@ -442,7 +443,7 @@ def _settings_of(name: str, path: Path | None) -> dict:
     return {k: v for k, v in chosen.items() if k != "quick_gelu"}
 
 
-def _preprocess(name: str, model: nn.Module, resize: str, settings: dict) -> Preprocess:
+def _preprocess(name: str, model: Any, resize: str, settings: dict) -> Preprocess:
     size = model.visual.image_size
     if not isinstance(size, int):
         if len(set(size)) > 1: raise DataError(f"{name} reads images of {size}; only square ones are supported")
@@ -478,7 +479,7 @@ def _load_file(name: str, model: nn.Module, path: Path) -> dict:
     return settings
 
 
-def _check_logit_scale(model: nn.Module, source: str) -> None:
+def _check_logit_scale(model: Any, source: str) -> None:
     if abs((scale := model.logit_scale.exp().item()) - 100) > 0.1:
         raise DataError(f"{source}: the logit scale is {scale:.2f}, but 100 in all of OpenAI's CLIPs; these are other weights")
 
@@ -512,7 +513,7 @@ def _own_model(
 
 def fill_token_table(
     state: dict[str, Tensor],  # `token_ids` (K,) says which rows `token_embedding.weight` (K, W) holds
-    model: nn.Module,
+    model: Any,  # of open_clip or LaViLa
     source: str | Path,  # where `state` comes from, for the error
 ) -> dict[str, Tensor]:
     "Weights with the whole token table, unknown rows filled with the mean row; as they are where there are no `token_ids`."
@@ -552,7 +553,7 @@ POSITION_INTERPOLATIONS = ("timm", "hub")
 
 
 def set_image_size(
-    model: nn.Module,  # a vision transformer of timm
+    model: Any,  # a vision transformer of timm
     size: int,  # side of the pictures, pixels; a multiple of the patches'
     position_interpolation: str = "timm",  # "timm": bicubic, antialiased; "hub": as DINOv2's authors, the same with registers
 ) -> None:
@@ -569,7 +570,7 @@ def set_image_size(
 
 # %% ../nbs/10_encoders.ipynb #bbc36626
 def from_dinov2(
-    model: nn.Module,  # timm's DINOv2, of the picture size that the file is for
+    model: Any,  # timm's DINOv2, of the picture size that the file is for
     state: dict[str, Tensor],
     source: str,  # where `state` comes from, for the error
 ) -> dict[str, Tensor]:
@@ -588,7 +589,7 @@ def _timm_model(
     model_args: dict,
     weights: dict[str, Tensor] | None,  # None: random
     source: str,
-) -> nn.Module:
+) -> Any:  # a module
     dinov2 = weights is not None and architecture.endswith("_dinov2")
     with torch.random.fork_rng(devices=[]), torch.device("meta" if dinov2 else "cpu"):  # its random weights alone would take minutes
         torch.default_generator.manual_seed(0)
@@ -614,13 +615,14 @@ def _timm_encoder(
         raise DataError(f"timm has no weights {tag!r} of {architecture}; it has {', '.join(tags) or 'none'}")
     chosen = _which_weights(name, weights, tags, tag or next(iter(tags), None))
     if chosen in tags: tag = chosen
-    settings = {**timm.get_pretrained_cfg(f"{architecture}.{tag}" if tag else architecture).to_dict(), **config.get("pretrained_cfg", {})}
+    published: Any = timm.get_pretrained_cfg(f"{architecture}.{tag}" if tag else architecture)
+    settings = {**published.to_dict(), **config.get("pretrained_cfg", {})}
 
     file = chosen if isinstance(chosen, Path) else None if chosen == "random" else fetch_weights(name, chosen)
     if not own: name, config = architecture, dict(architecture=architecture)
     if file is None:
         warnings.warn(f"{name} has RANDOM weights: its features mean nothing. Use this for tests and timing only", stacklevel=3)
-    model = _timm_model(architecture, config.get("model_args", {}), file and read_weights(file), str(file))
+    model = _timm_model(architecture, config.get("model_args", {}), None if file is None else read_weights(file), str(file))
     if not own and architecture.endswith("_dinov2"):
         config["image_size"] = 224
         if not model.num_reg_tokens:
@@ -647,7 +649,7 @@ class ClipEncoder(Encoder):
         device: str | torch.device = "cpu",
     ):
         config = asdict(model.config) | ({"clip_frames": clip_frames} if clip_frames != 1 else {})
-        mean, std = (tuple(value / 255 for value in values) for values in (LAVILA_MEAN, LAVILA_STD))
+        mean, std = ((r / 255, g / 255, b / 255) for r, g, b in (LAVILA_MEAN, LAVILA_STD))
         super().__init__(name, model, Preprocess(model.config.image, resize, ALIASED, mean, std), model.config.dim, config, tokenize, weights,
                          precision, device)
         self.clip_frames = clip_frames
@@ -738,7 +740,7 @@ def create_encoder(
         warnings.warn(f"{name} has RANDOM weights: its features mean nothing. Use this for tests and timing only", stacklevel=2)
         settings = _settings_of(name, None)
     else:
-        settings = (_load_file if isinstance(chosen, Path) else _load_tag)(name, model, chosen)
+        settings = _load_file(name, model, chosen) if isinstance(chosen, Path) else _load_tag(name, model, chosen)
     origin = chosen.name if isinstance(chosen, Path) else chosen
     config = open_clip.get_model_config(name)
     return Encoder(name, model, _preprocess(name, model, resize, settings), config["embed_dim"], config, tokenizer, origin,
@@ -812,4 +814,4 @@ def embed_prompts(
     parts = [embed_classes(encoder, classes.prompts(one), cache) for one in template.split(" | ")]
     if len(parts) == 1: return parts[0]
     mean = torch.stack([nn.functional.normalize(part.text, dim=-1) for part in parts]).mean(0)
-    return ClassEmbeddings([template.replace("{}", name) for name in classes.names], nn.functional.normalize(mean, dim=-1))
+    return ClassEmbeddings(tuple(template.replace("{}", name) for name in classes.names), nn.functional.normalize(mean, dim=-1))

@@ -114,7 +114,7 @@ def _changed(p: Profile) -> Profile:
     for key, value in changes.items():
         if key not in own or type(value) is not type(getattr(p, key)) and not isinstance(getattr(p, key), tuple):
             raise DataError(f"{path}: {key}={value!r} cannot be set; it may hold {', '.join(own)}{did_you_mean(key, own)}")
-    merged = {k: {**getattr(p, k), **v} if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+    merged: dict[str, Any] = {k: {**getattr(p, k), **v} if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
     return replace(p, **merged)
 
 # %% ../nbs/31_experiments.ipynb #44e93d6b
@@ -249,7 +249,7 @@ def run(
     seed: int = 0,
 ) -> Run:
     "The run that one row needs for one source, one kind of label and one seed."
-    roles = {f: settings.get(f) for f in ("encoder", "context_encoder")}
+    roles: dict[str, Any] = {f: settings.get(f) for f in ("encoder", "context_encoder")}
     roles["encoder"] = roles["encoder"] or "clip"
     ours = {k: v for k, v in settings.items() if k not in roles}
     method = ours.get("method", "xmic")

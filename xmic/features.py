@@ -54,7 +54,7 @@ def write_shard(
 
 
 def _checksum(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.numpy().reshape(-1).view(np.uint8)).hexdigest()
+    return hashlib.sha256(tensor.numpy().reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def _checksum_of_places(rows: dict[str, int], frames: Tensor) -> str:
@@ -152,6 +152,7 @@ def _shards(folder: Path) -> list[Path]:
 
 def _size(path: Path) -> int | None:
     with suppress(OSError): return path.stat().st_size
+    return None
 
 
 def _places(
@@ -159,7 +160,8 @@ def _places(
     folder: Path = Path(),
 ) -> dict[str, tuple[int, int, int]]:  # segment id -> shard, first row, rows
     "Where each segment lies. Raises `DataError` if two shards hold it."
-    places, names = {}, list(index)
+    places: dict[str, tuple[int, int, int]] = {}
+    names = list(index)
     for number, shard in enumerate(index.values()):
         first = 0
         for segment, rows in shard["segments"].items():
@@ -231,6 +233,7 @@ def _failure(line: bytes) -> dict | None:  # None: not a line of failures.jsonl
     with suppress(DataError):
         record = parse_json(line, "failures.jsonl", dict)
         if isinstance(record.get("segment_id"), str) and "cause" in record: return record
+    return None
 
 # %% ../nbs/13_features.ipynb #484d53cd
 class FailureLog:
@@ -392,7 +395,7 @@ class FeatureStore:
     def note_failures(self,
                       view: str,
                       records: dict[str, dict],  # segment id -> its line
-                      mended: set[str] = frozenset(),  # segments whose lines are to go
+                      mended: Iterable[str] = (),  # segments whose lines are to go
                      ) -> None:
         "Adds to failures.jsonl what is new, and that something was mended. Several processes may do so at once."
         self._failure_log(view).add(records, mended)
@@ -528,7 +531,7 @@ class _Video:
 
     def __init__(self, task: ClipTask, encoders: list[Encoder], stores: list[FeatureStore], report: ExtractReport):
         self.task, self.stores, self.report = task, stores, report
-        self.features = {view: [[] for _ in encoders] for view in task.views}
+        self.features: dict[str, list[list]] = {view: [[] for _ in encoders] for view in task.views}
         self.due = 0  # crops that were sent to the encoders and are not back
         self.ended, self.error = False, None
         self.clips: list[Clip] = []
@@ -683,7 +686,8 @@ def extract(
     across_videos: bool | None = None,  # batches of one size, filled with several videos; None: on a GPU
 ) -> ExtractReport:
     "Fills the stores with all segments that they lack. Can be stopped at any moment and started again."
-    encoders, stores = ([x] if isinstance(x, (Encoder, FeatureStore)) else list(x) for x in (encoder, store))
+    encoders = [encoder] if isinstance(encoder, Encoder) else list(encoder)
+    stores = [store] if isinstance(store, FeatureStore) else list(store)
     views = (view,) if isinstance(view, str) else tuple(view)
     if len(encoders) != len(stores):
         raise DataError(f"{len(encoders)} encoders but {len(stores)} stores: give one for each")

@@ -223,7 +223,7 @@ def read_json(
 
 
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a pair of escapes
-_JSON = {dict: "an object", list: "a list"}
+_JSON: dict[type, str] = {dict: "an object", list: "a list"}
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict:
@@ -285,7 +285,8 @@ def check_pickle(
 ) -> None:
     "Raises an error for a pickle that is damaged, or that could exhaust memory or stack whatever its reader allows."
     stack: list[Any] = []  # of each thing how deep it is, and of how many bytes; None: a mark
-    memo, called, begin, limit = {}, 0, file.tell(), 20 * size + 1_000_000
+    memo: dict[Any, Any] = {}
+    called, begin, limit = 0, file.tell(), 20 * size + 1_000_000
     for op, arg, place in pickletools.genops(file):
         name = op.name
         if name in _LEAVES:

@@ -63,8 +63,8 @@ class ShardWriter:
     def append(self,
                squares: np.ndarray,  # (N, S, S, 3) uint8
               ) -> None:
-        self.file.write(memoryview(np.ascontiguousarray(squares)))
-        self.digest.update(memoryview(np.ascontiguousarray(squares)))
+        self.file.write(np.ascontiguousarray(squares).data)
+        self.digest.update(np.ascontiguousarray(squares).data)
         self.count += len(squares)
 
     def finish(self,
@@ -111,7 +111,8 @@ class FrameShard:
                 file.seek(self.tables_at)
                 found = np.frombuffer(file.read(), np.int32)
             if len(found) != 2 * sum(self.segments.values()): raise self._cut_short()
-            self._tables = tuple(found.reshape(2, -1))
+            rows, numbers = found.reshape(2, -1)
+            self._tables = rows, numbers
         return self._tables
 
     def _cut_short(self) -> DataError:
@@ -199,7 +200,7 @@ class FrameStore:
         faults = []
         for shard in self.shards:
             digest = hashlib.sha256()
-            for block in shard.blocks(): digest.update(memoryview(block))
+            for block in shard.blocks(): digest.update(block.data)
             if digest.hexdigest() != shard.sha256:
                 faults.append(f"{shard.path}: the pixels do not match their checksum; delete it and store the frames again")
             if shard.side != self.side:
@@ -233,7 +234,8 @@ def _open_folder(folder: Path, manifest: dict) -> FrameStore:
 # %% ../nbs/20_frames.ipynb #196a68f3
 def _left_to_do(segments: pd.DataFrame, store: FrameStore, report: ExtractReport) -> dict[str, list]:
     "By video: the segments that are neither stored nor known to have failed on this very file."
-    failed, todo = store.failures, {}
+    todo: dict[str, list] = {}
+    failed = store.failures
     for row in segments.itertuples(index=False):
         known = failed.get(row.segment_id)
         if row.segment_id in store.place:
@@ -266,7 +268,9 @@ class _NothingRead(Exception):
 def _store_video(task: ClipTask, items: Iterator[Item], store: FrameStore, report: ExtractReport) -> None:
     "Writes the shard of one video as its pixels come; keeps what the shard held before."
     path = store.folder / shard_name(task.video_id)
-    paths, clips, failed = {s.segment_id: s.video_path for s in task.segments}, [], {}
+    paths = {s.segment_id: s.video_path for s in task.segments}
+    clips: list[Clip] = []
+    failed: dict[str, str] = {}
     before = FrameShard(path) if path.exists() else None
     with suppress(_NothingRead), whole_file(path) as part, open(part, "wb+") as file:
         writer = ShardWriter(file, [*(before.segments if before else ()), *paths], store.side)
@@ -414,7 +418,7 @@ class PixelStreams:
                 order: np.ndarray,  # positions of the segments, in the order of the batches
                 rows: np.ndarray,  # (S, T) rows of every segment
                 batch_size: int,
-                context_rows: None = None,  # there is no conditioning stream
+                context_rows: np.ndarray | None = None,  # none: there is no conditioning stream
                 drop_last: bool = False,  # leave out the last batch where it is not full
                 rng: np.random.Generator | None = None,  # draws the cuts of training; None: whole frames
                 own: np.ndarray | None = None,  # places in `order` that are wanted of it, with their cuts; None: all

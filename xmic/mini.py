@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import cv2
@@ -119,8 +120,8 @@ class Detector:
         size, hands, objects = np.array([width, height] * 2), [], []
 
         def moved(box: tuple) -> np.ndarray:
-            box = np.array(box) + rng.normal(0, self.jitter, 4) * np.tile(np.subtract(box[2:], box[:2]), 2)
-            return np.clip(np.concatenate([np.minimum(box[:2], box[2:] - 2), box[2:]]), 0, size)
+            sides = np.array(box) + rng.normal(0, self.jitter, 4) * np.tile(np.subtract(box[2:], box[:2]), 2)
+            return np.clip(np.concatenate([np.minimum(sides[:2], sides[2:] - 2), sides[2:]]), 0, size)
 
         def anywhere() -> tuple:
             at, half = rng.uniform(0.1, 0.9, 2) * size[:2], rng.uniform(0.06, 0.22, 2) * height
@@ -147,7 +148,8 @@ def _epic_messages(
     video_id: str,
 ) -> list[bytes]:
     look, rate, messages = footage.look, epic_frame_rate(video_id), []
-    size, made, of = np.array([look.width, look.height]), None, -1
+    size, of = np.array([look.width, look.height]), -1
+    made: Any = None  # the message of frame `of`
     for number in range(footage.frames * rate // look.fps):
         if number * look.fps // rate != of:
             of, made = number * look.fps // rate, Detections(video_id=video_id)
@@ -169,7 +171,7 @@ def _100doh_arrays(
         length = math.hypot(*offset)
         return [*box, score, state, length / 10_000, *(np.array(offset) / (length or 1.0)), side]
 
-    return {number: {"hand_dets": np.array([row(*h[:3], h.offset, h.side) for h in hands], np.float32) if hands else None,
+    return {number: {"hand_dets": np.array([row(h.box, h.score, h.state, h.offset, h.side) for h in hands], np.float32) if hands else None,
                      "obj_dets": np.array([row(*o) for o in objects], np.float32) if objects else None} for number, (hands, objects) in enumerate(found)}
 
 # %% ../nbs/30_mini.ipynb #88d4298c
@@ -211,7 +213,9 @@ def _action(rng: np.random.Generator, lists: Lists, pair: tuple[str, str], start
 
 # %% ../nbs/30_mini.ipynb #c853f966
 def _plan_epic(rng: np.random.Generator, train: int, test: int) -> list[Reel]:
-    reels, fps, numbers = [], LOOKS["epic"].fps, {}
+    reels: list[Reel] = []
+    numbers: dict[str, int] = {}
+    fps = LOOKS["epic"].fps
     for split, n in (("train", train), ("validation", test)):
         pairs = iter(LISTS["epic"].draw(rng, n))
         for place, count in enumerate(_shares(n, 12)):
@@ -245,7 +249,8 @@ _DISHES = ("PastaSalad", "GreekSalad", "Pizza", "TurkeySandwich", "BaconAndEggs"
 
 
 def _plan_egtea(rng: np.random.Generator, test: int) -> list[Reel]:
-    reels, fps = [], LOOKS["egtea"].fps
+    reels: list[Reel] = []
+    fps = LOOKS["egtea"].fps
     train = max(6, test // 5)
     pairs = iter(LISTS["egtea"].draw(rng, test + train))
     for place, count in enumerate(_shares(test + train, 12)):

@@ -9,7 +9,7 @@ __all__ = ['FREE', 'STACKED', 'alike', 'Together', 'train_together']
 import time
 from copy import copy
 from dataclasses import asdict
-from typing import Sequence
+from typing import Sequence, cast
 
 import pandas as pd
 import torch
@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .evaluation import split_logits
 from .files import DataError, progress_bar, whole_file
-from .streams import Batch
+from .streams import Batch, Streams
 from .training import DeviceSteps, RunData, RunResult, Split, TrainConfig, Trainer, _claim, _found, pick_device, resolve, run_folder, train
 
 # %% ../nbs/23_together.ipynb #b1d00eb1
@@ -50,7 +50,7 @@ class Together:
                  trainers: Sequence[Trainer],
                 ):
         self.trainers, first = list(trainers), trainers[0]
-        self.streams, self.shifted, self.mixed, self.text = first.split.streams, first.split.double_shift, first.mixed, first.text
+        self.streams, self.shifted, self.mixed, self.text = cast(Streams, first.split.streams), first.split.double_shift, first.mixed, first.text
         self.state: dict[str, Tensor] = {}
         self.slices: list[tuple[Tensor, list[Tensor]]] = []  # what is trained: the stack, and each run's slice of it
         owned = [dict([*t.method.named_parameters(), *t.method.named_buffers()]) for t in self.trainers]
@@ -72,7 +72,7 @@ class Together:
         "Forward and backward of all runs, then each run's update."
         runs = given["rows"].shape[:2]
         batch = self.streams.take(given["rows"].flatten(0, 1), self.shifted)
-        video, context = (None if x is None else x.unflatten(0, runs) for x in (batch.video, batch.context))
+        video, context = batch.video.unflatten(0, runs), None if batch.context is None else batch.context.unflatten(0, runs)
         with torch.autocast(video.device.type, torch.bfloat16, enabled=self.mixed), sdpa_kernel(_ATTENTION[video.device.type == "cpu"]):
             logits = split_logits(self.logits(self.state, video, context), self.text)
         losses = [F.cross_entropy(x.flatten(0, 1), given[k].flatten(), reduction="none").view(runs).mean(1) for k, x in logits.items()]

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence, cast
 
 import numpy as np
 import pandas as pd
@@ -474,7 +474,7 @@ def loss_and_right(
     labels: dict[str, Tensor],  # by kind: (B,)
 ) -> tuple[Tensor, Tensor]:
     "Cross-entropy, added over nouns and verbs, and the number of segments that are right in all of them."
-    loss = sum(F.cross_entropy(logits[k], labels[k]) for k in logits)
+    loss: Any = sum(F.cross_entropy(logits[k], labels[k]) for k in logits)
     right = torch.stack([logits[k].detach().argmax(-1) == labels[k] for k in logits]).all(0)
     return loss, right.sum()
 
@@ -552,7 +552,7 @@ def _optimizer(c: TrainConfig, trained: list[nn.Parameter], device: torch.device
     fused = device.type in ("cpu", "cuda") and c.method not in PROMPTED
     if c.optimizer == "sgd":
         return torch.optim.SGD(trained, c.lr, c.momentum, weight_decay=c.weight_decay, fused=fused)
-    return torch.optim.AdamW(trained, lr=torch.tensor(c.lr, device=device) if graph else c.lr, betas=tuple(c.betas), weight_decay=c.weight_decay,
+    return torch.optim.AdamW(trained, lr=torch.tensor(c.lr, device=device) if graph else c.lr, betas=(c.betas[0], c.betas[1]), weight_decay=c.weight_decay,
                              fused=fused, capturable=graph)
 
 # %% ../nbs/22_training.ipynb #188888c9
@@ -627,7 +627,7 @@ class Trainer:
         for kind, classes in self.text.items():
             given = self.split.labels[kind][positions]
             chosen = subsample(given, len(classes), self.config.class_subsample, rng)
-            text[kind] = ClassEmbeddings([classes.names[i] for i in chosen], classes.text[torch.from_numpy(chosen).to(self.device)])
+            text[kind] = ClassEmbeddings(tuple(classes.names[i] for i in chosen), classes.text[torch.from_numpy(chosen).to(self.device)])
             labels[kind] = torch.from_numpy(np.searchsorted(chosen, given)).to(self.device)
         return text, labels
 
@@ -664,7 +664,7 @@ class Trainer:
                     given: dict[str, Tensor],  # "rows" (B, 1 + V, T) as `Streams.resident_rows` gives them, and labels (B,) by kind
                    ) -> Tensor:  # (2,) loss and number right
         "A step from rows on the device."
-        batch = self.split.streams.take(given["rows"], self.split.double_shift)
+        batch = cast(Streams, self.split.streams).take(given["rows"], self.split.double_shift)
         return torch.stack(self.step(batch, {k: given[k] for k in self.labels}))
 
     def epoch_given(self,
@@ -675,7 +675,7 @@ class Trainer:
         "What the steps of an epoch read, by full batches."
         size = min(self.config.batch_size, len(order))
         order = order[:len(order) - len(order) % size]
-        found = self.split.streams.resident_rows(order, rows[order], None if context_rows is None else context_rows[order])
+        found = cast(Streams, self.split.streams).resident_rows(order, rows[order], None if context_rows is None else context_rows[order])
         index = torch.from_numpy(order).to(self.device)
         return {k: x.unflatten(0, (-1, size)) for k, x in {"rows": found, **{k: y[index] for k, y in self.labels.items()}}.items()}
 
@@ -715,7 +715,8 @@ class Trainer:
         loss, right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         steps = seen = 0
         whole, own, size = deal(len(order), c.batch_size)
-        wanted, cuts = (order, dict(rng=np.random.default_rng([c.seed, self.epoch, 2]), own=own)) if c.method in PIXELS else (order[own], {})
+        cuts: dict[str, Any] = dict(rng=np.random.default_rng([c.seed, self.epoch, 2]), own=own) if c.method in PIXELS else {}
+        wanted = order if c.method in PIXELS else order[own]
         batches = Timed(self.split.streams.batches(wanted, rows, size, context_rows, **cuts))
         for places, (_, batch) in zip_longest(whole, batches, fillvalue=(None, None)):
             positions = order[places]
@@ -737,7 +738,7 @@ class Trainer:
     def resume(self, state: dict, selection: "Selection | None" = None) -> None:
         "Goes on from what a checkpoint holds."
         self.method.load_state_dict(state["method"])
-        ours = [{k: group[k] for k in ("lr", "fused", "capturable") if k in group} for group in self.optimizer.param_groups]
+        ours: list[dict[str, Any]] = [{k: group[k] for k in ("lr", "fused", "capturable") if k in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(self.optimizer.param_groups, ours):
             group.update(own)  # those of this machine, where the checkpoint is another's
@@ -1009,7 +1010,8 @@ def train(
     with first_ahead():
         data = data or RunData(config, device)
     tests = {d: data.split(d, "test") for d in [config.dataset, *config.targets]}
-    method, selected, history = data.method().to(device), None, []
+    history: list[dict] = []
+    method, selected = data.method().to(device), None
     with _event_files(config, folder) as log:
         if config.method not in UNTRAINED:
             method, selected, history = _fit(config, folder, data, tests, method, log)

@@ -45,7 +45,7 @@ class BlockPrompts(nn.Module):
         self.cls_proj = nn.Linear(width, width).requires_grad_(train_cls_proj) if local_prompts or summary else None
         self.summary_ln = nn.LayerNorm(width) if summary else None
         self.summary_attn = nn.MultiheadAttention(width, heads, batch_first=True) if summary else None
-        if summary:
+        if self.summary_attn is not None:
             for weight in (*self.summary_attn.in_proj_weight.data.chunk(3), self.summary_attn.out_proj.weight.data):
                 nn.init.xavier_uniform_(weight)
 
@@ -58,7 +58,7 @@ class BlockPrompts(nn.Module):
             c = self.cls_proj(cls)
         if self.local_prompts is not None:
             prompts.append((self.local_prompts + c)[:, None])
-        if self.summary_attn is not None:
+        if self.summary_ln is not None and self.summary_attn is not None:
             y = self.summary_ln(c)
             prompts.append((c + self.summary_attn(y, y, y, need_weights=False)[0])[:, :, None])
         return prompts
@@ -148,7 +148,7 @@ class VitaVision(nn.Module):
         clips, blocks = len(x), self.tower.transformer.resblocks
         x = self.embed(x)
         for block, prompts in zip(blocks, self.prompts):
-            arguments = block, prompts, x, clips, block is blocks[-1]
+            arguments: tuple[Any, ...] = block, prompts, x, clips, block is blocks[-1]
             x = checkpoint(_block, *arguments, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else _block(*arguments)
         return self.tower.ln_post(x[:, 0]).unflatten(0, (clips, -1)).mean(1) @ self.tower.proj
 
