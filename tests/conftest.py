@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+for name in ("XMIC_ROOT", "XMIC_DATA"):  # whoever runs the tests may have data of their own
+    os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")

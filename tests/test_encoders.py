@@ -264,19 +264,26 @@ def test_other_processes_offline_and_the_full_size(tmp_path):
         torch.rand(5)
         prints = [create_encoder(name, "random", "cpu").fingerprint for name in ("ViT-B-32-quickgelu", "ViT-B-32")]
         start = time.perf_counter()
-        try: create_encoder("ViT-B-16-quickgelu", device="cpu")
-        except Exception as e: error = f"{type(e).__name__}: {e}"
-        print(json.dumps([prints, error, time.perf_counter() - start]))"""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "2"}
+        errors = []
+        for name, weights in (("ViT-B-16-quickgelu", None), ("dinov2_vits14", None), ("RN50-quickgelu", "yfcc15m"), ("vit_small_patch16_224.augreg_in1k", None)):
+            try: create_encoder(name, weights, "cpu")
+            except Exception as e: errors.append(f"{type(e).__name__}: {e}")
+        print(json.dumps([prints, errors, time.perf_counter() - start]))"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HOME": str(tmp_path), "OMP_NUM_THREADS": "2"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert run.returncode == 0, run.stderr
-    (quick, plain), error, seconds = json.loads(run.stdout)
+    (quick, plain), errors, seconds = json.loads(run.stdout)
     encoder = create_encoder("ViT-B-32-quickgelu", "random", "cpu")
     assert encoder.fingerprint == quick and quick[-10:] != plain[-10:]
     assert encoder.activation == "QuickGELU" and encoder.dim == 512 and encoder.preprocess == Preprocess()
-    assert error.startswith("DataError") and error.count("\n") == 0
-    for part in ("open_clip_model.safetensors", "huggingface.co/timm/vit_base_patch16_clip_224.openai", "create_encoder('ViT-B-16-quickgelu', weights="):
-        assert part in error
+    named = [("open_clip_model.safetensors", "huggingface.co/timm/vit_base_patch16_clip_224.openai", "create_encoder('ViT-B-16-quickgelu', weights="),
+             ("model.safetensors", "huggingface.co/timm/vit_small_patch14_dinov2", "dinov2_vits14_pretrain.pth", "create_encoder('dinov2_vits14', weights="),
+             ("https://", "create_encoder('RN50-quickgelu', weights="),
+             ("model.safetensors", "huggingface.co/timm/vit_small_patch16_224.augreg_in1k", "weights=")]
+    assert len(errors) == len(named)
+    for error, parts in zip(errors, named):
+        assert error.startswith("DataError") and error.count("\n") == 0 and "HF_HUB_OFFLINE is set" in error
+        assert all(part in error for part in parts), error
     assert seconds < 10
 
 
@@ -897,3 +904,11 @@ def test_a_recorded_pass_gives_what_the_plain_way_gives(files):
     torch.testing.assert_close(recorded, fast.encode_batch(pixels, 8, record=False), rtol=1e-2, atol=1e-2)
     assert torch.cosine_similarity(recorded, fast.encode_pixels(pixels, plain=True)).min() > 0.999
     torch.testing.assert_close(fast.encode_batch(pixels, 8), recorded, rtol=0, atol=0)
+
+
+def test_small_encoders_outside_a_clone_say_where_they_are(monkeypatch, tmp_path):
+    monkeypatch.setenv("XMIC_ROOT", str(tmp_path))
+    for name in ("mini-clip", "mini-dino", "mini-lavila"):
+        monkeypatch.setattr(open_clip, "list_models", lambda: [])
+        with pytest.raises(DataError, match=f"no data/mini/weights/{name}.json in .*clone of the kit.*XMIC_ROOT"):
+            create_encoder(name, device="cpu", clip_frames=4 if name == "mini-lavila" else 1)

@@ -116,6 +116,31 @@ def test_a_run_learns_and_leaves_what_it_promises(config):
     assert 100 * (right.predicted == right.label).mean() == pytest.approx(m["results"]["csv"]["noun"]["top1"]["value"])
 
 
+def test_tensorboard_is_told_what_the_history_says(config, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    plain, told = replace(config, labels="both", name="plain"), replace(config, labels="both", name="told", tensorboard=True)
+    assert run_name(resolve(told)) == run_name(resolve(plain))
+    run = interrupted(told, monkeypatch, 1, 3)
+    assert same(run, train(plain))
+    assert len(list(run.folder.glob("events.out.tfevents.*"))) == 1 and not list((run.folder.parent / "plain").glob("events*"))
+    events = accumulator.EventAccumulator(str(run.folder)).Reload()
+    for column in run.history.columns.drop("epoch"):
+        found = [(e.step, e.value) for e in events.Scalars(f"train/{column}")]
+        assert [step for step, _ in found] == run.history.epoch.tolist()
+        np.testing.assert_allclose([value for _, value in found], run.history[column], rtol=1e-6)
+    for kind, measured in run.metrics["results"]["csv"].items():
+        for name, measure in measured.items():
+            (event,) = events.Scalars(f"csv {kind}/{name}")
+            assert event.step == 4 and event.value == pytest.approx(measure["value"])
+
+
+def test_without_tensorboard_a_run_that_asks_for_it_is_refused_before_any_work(config, monkeypatch):
+    monkeypatch.setattr("xmic.training.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"TensorBoard is not installed here: pip install 'xmic\[tensorboard\]'"):
+        train(replace(config, tensorboard=True))
+    assert not Path(config.runs_root).exists()
+
+
 def test_a_finished_run_is_not_trained_again(config):
     run = train(config)
     changed = (run.folder / "model.safetensors").stat().st_mtime_ns

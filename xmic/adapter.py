@@ -48,6 +48,8 @@ def video_embedding(
 class ZeroShot(nn.Module):
     "CLIP as it is: the mean frame against the class texts (row ZS CLIP of every table)."
 
+    logit_scale: Tensor
+
     def __init__(self,
                  logit_scale: float = 100.0,  # factor of the cosine; it does not change the ranking
                  normalize_frames: bool = False,  # scale each frame to length one before the mean
@@ -191,6 +193,8 @@ class XMIC(nn.Module):
                 batch: Batch,
                 classes: ClassEmbeddings,  # C classes
                ) -> Tensor:  # (B, C)
+        if batch.context is None:
+            raise DataError("X-MIC reads a conditioning stream, and this batch has none: give Batch a context, of the views that the adapter reads")
         text = F.normalize(classes.text, dim=-1) if self.norm_text else classes.text
         video = video_embedding(batch.video, self.normalize_frames)
         return cosine_logits(text, self.scale * self.vector(batch.context), video, self.logit_scale.exp())

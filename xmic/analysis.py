@@ -80,7 +80,7 @@ def accuracies(
     rows = []
     for key, part in table.groupby(list(by), sort=False, dropna=False):
         _check_seeds(part, by)
-        for group in groups or [None]:
+        for group in groups or (None,):
             own = part if group is None else part[part["group"] == group]
             about = dict(zip(by, key)) | ({} if group is None else dict(group=group))
             each = [_measures(lines) for _, lines in own.groupby("run", sort=False)] or [_measures(own)]
@@ -137,8 +137,8 @@ def plot_accuracies(
     sns.despine(fig)
     return fig
 
-# %% ../nbs/24_analysis.ipynb #62cec53f
-_PLACES = ("labels", "name", "runs_root", "data_root", "target_roots", "features_root", "device", "resident", "progress")
+# %% ../nbs/24_analysis.ipynb #b8be4d43
+_PLACES = ("labels", "name", "runs_root", "data_root", "target_roots", "features_root", "device", "resident", "progress", "tensorboard")
 
 
 def pair_runs(
@@ -226,7 +226,7 @@ def by_frequency(
 def _grouped(
     folders: Sequence[str | Path],
     fields: Sequence[str],
-    group: Callable[[Any, pd.DataFrame], np.ndarray],  # of the lines of one run, dataset and kind
+    group: Callable[[Any, pd.DataFrame], np.ndarray | str],  # of the lines of one run, dataset and kind
     dataset: str | None = None,  # that alone
 ) -> pd.DataFrame:
     "Predictions with a column group."

@@ -9,6 +9,7 @@ __all__ = ['linear', 'Linear', 'QuickGELU', 'by_linear', 'Block', 'Transformer']
 import platform
 from collections import OrderedDict
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +100,7 @@ def _attend(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:  # (N, S, d) -> (
 class _Attention(nn.MultiheadAttention):
     "For its callers in image towers: batch first, no mask, no dropout, and no attention weights returned."
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: None = None) -> tuple[Tensor, None]:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: None = None) -> tuple[Tensor, None]:  # type: ignore[override]
         if query is key: return _attend(self, key), None
         width = self.embed_dim
         q = linear(query, self.in_proj_weight[:width], self.in_proj_bias[:width]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -161,7 +162,7 @@ class Transformer(nn.Module):
                  hidden: int | None = None,  # units of each MLP; None: d / 4
                 ):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(layers))
+        self.resblocks: Any = nn.ModuleList(Block(width, heads, hidden) for _ in range(layers))
 
     def forward(self,
                 x: Tensor,  # (N, S, d) tokens

@@ -140,7 +140,7 @@ def write_submission(
             f.write((json.dumps(head)[:-1] + ', "results": {').encode())
             for row, name in enumerate(scores.segment_ids):
                 parts = [f'"{kind}": {forms[kind] % tuple(scores.scores[kind][row].tolist())}' for kind in ("verb", "noun")]
-                if actions:
+                if pairs is not None and chance is not None:
                     own = zip(pairs[row].tolist(), chance[row].tolist())
                     parts.append('"action": {' + ", ".join(f'"{v},{n}": {p:.17g}' for (v, n), p in own) + "}")
                 f.write((", " * (row > 0) + json.dumps(name) + ": {" + ", ".join(parts) + "}").encode())
@@ -172,7 +172,7 @@ def read_submission(
     "Reads a submission. Raises one `DataError` for whatever is wrong with it."
     path = from_root(path)
     content = _content(path, room=1_000_000 + len(segment_ids) * (100 * (verbs + nouns + ACTIONS) + 1000))
-    results = content.get("results")
+    results: Any = content.get("results")
     if faults := _head(content):
         raise DataError(f"{path}: no submission to the action recognition challenge:\n  " + "\n  ".join(faults))
     wanted = set(segment_ids)
@@ -301,7 +301,7 @@ def validation_truth(
     "What the challenge knows of each validation segment. Raises `DataError` if one of the official lists is not there."
     root = from_root(root)
     segments, unseen = read_epic(root, "validation"), read_epic_unseen(root)
-    tails = {kind: read_epic_tail(root, kind) for kind in ("verb", "noun")}
+    tails: dict[str, Any] = {kind: read_epic_tail(root, kind) for kind in ("verb", "noun")}
     lists = {"EPIC_100_unseen_participant_ids_validation.csv": unseen} | {f"EPIC_100_tail_{kind}s.csv": tail for kind, tail in tails.items()}
     if missing := [name for name, found in lists.items() if found is None]:
         raise DataError(f"{root}: no {', '.join(missing)} beside the other annotations (from github.com/epic-kitchens/epic-kitchens-100-annotations)")

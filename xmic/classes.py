@@ -8,9 +8,10 @@ __all__ = ['LONGEST_NAME', 'clean_epic', 'clean_ego4d', 'clean_egtea', 'ClassSet
 # %% ../nbs/01_classes.ipynb #c12d74ec
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -105,7 +106,7 @@ def _ego4d_keys(
     "Raw Ego4D names in label order: the taxonomy's, else by official id, else sorted."
     if kind not in ("noun", "verb"):
         raise DataError(f"Ego4D has nouns and verbs, not {kind!r}; pass kind='noun' or kind='verb'")
-    pairs = set()
+    pairs: set[tuple[str, Any]] = set()  # name, and label or None
     for path in files:
         content = read_json(path)
         content = content if isinstance(content, dict) else {}
@@ -179,25 +180,25 @@ class ClassSet:
     def from_epic(cls, csv: str | Path, kind: str | None = None) -> "ClassSet":
         "From `EPIC_100_noun_classes.csv` or `EPIC_100_verb_classes.csv`; `kind` where the file name does not say it."
         keys = _epic_keys(csv)
-        return cls([clean_epic(key) for key in keys], keys, _kind_of(csv, kind))
+        return cls(tuple(map(clean_epic, keys)), tuple(keys), _kind_of(csv, kind))
 
     @classmethod
-    def from_ego4d(cls, json: str | Path | list[str | Path], kind: str) -> "ClassSet":
+    def from_ego4d(cls, json: str | Path | Sequence[str | Path], kind: str) -> "ClassSet":
         "From `fho_lta_taxonomy.json`, or from all the names in one or several `fho_lta_{train,val}.json`."
         keys = _ego4d_keys([json] if isinstance(json, (str, Path)) else list(json), kind)
-        return cls([clean_ego4d(key) for key in keys], keys, kind)
+        return cls(tuple(map(clean_ego4d, keys)), tuple(keys), kind)
 
     @classmethod
     def from_egtea(cls, idx_txt: str | Path, empty_class: bool = False, kind: str | None = None) -> "ClassSet":
         "From `noun_idx.txt` or `verb_idx.txt`; `empty_class` puts the release's class without a name at label 0."
         keys = [""] * bool(empty_class) + _egtea_keys(idx_txt)
-        return cls([clean_egtea(key) for key in keys], keys, _kind_of(idx_txt, kind))
+        return cls(tuple(map(clean_egtea, keys)), tuple(keys), _kind_of(idx_txt, kind))
 
     @classmethod
     def from_names(cls, names: Iterable[str], kind: str = "noun") -> "ClassSet":
         "From your own names, used as they are but for spaces around them; `DataError` where one is empty or stands twice."
         keys = _own_keys(names, kind)
-        return cls(keys, keys, kind)
+        return cls(tuple(keys), tuple(keys), kind)
 
     def __len__(self) -> int:
         return len(self.keys)

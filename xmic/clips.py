@@ -129,7 +129,8 @@ def overlapping(
     wanted: list[tuple[Any, np.ndarray]],  # segments and their frames
 ) -> list[list[tuple[Any, np.ndarray]]]:
     "Groups of segments whose frames overlap, in the order of time."
-    groups, end = [], -1
+    groups: list[list[tuple[Any, np.ndarray]]] = []
+    end = -1
     for segment, frames in sorted(wanted, key=lambda pair: (pair[1][0], pair[1][-1])):
         if not groups or frames[0] > end:
             groups.append([])

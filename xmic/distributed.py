@@ -90,7 +90,7 @@ def from_first(
     make: Callable[[], T],
 ) -> T:
     "What the first process makes; the others wait for it."
-    box = [make() if is_first() else None]
+    box: list[Any] = [make() if is_first() else None]
     if world()[1] > 1:
         dist.broadcast_object_list(box)
     return box[0]
@@ -188,9 +188,9 @@ COMMANDS: dict[str, Callable[[dict], str]] = {"train": _train, "extract": _extra
 # %% ../nbs/11_distributed.ipynb #6db6ee36
 def _complain(store: dist.Store | None, error: BaseException) -> None:
     "Says what went wrong, in the first process that fails, and ends this one at once."
-    first = store is None
+    first = False
     with suppress(RuntimeError):  # the store is gone where its keeper has ended, who then has spoken
-        first = first or store.add("failed", 1) == 1
+        first = store is None or store.add("failed", 1) == 1
     if first:
         words = f"xmic: {error}\n" if isinstance(error, DataError) else "".join(traceback.format_exception(error))
         print(f"{words}(process {world()[0]} of {world()[1]})" if store else words, file=sys.stderr, flush=True)

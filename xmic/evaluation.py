@@ -29,7 +29,7 @@ def top1(
 # %% ../nbs/21_evaluation.ipynb #63bee47d
 def restrict(
     logits: Tensor,  # (N, C)
-    classes: Tensor,  # (K,) the classes that compete
+    classes: Tensor | np.ndarray,  # (K,) the classes that compete
 ) -> Tensor:  # (N, C), minus infinity elsewhere
     "Leaves only `classes` in the competition."
     allowed = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
@@ -58,7 +58,7 @@ def predict(
     "One row for each segment and kind. Segments without a label of that kind are left out."
     method.eval()
     both = sum_classes(classes)
-    rows = {kind: [] for kind in classes}
+    rows: dict[str, list[pd.DataFrame]] = {kind: [] for kind in classes}
     for positions, batch in batches:
         for kind, logits in split_logits(method(batch, both), classes).items():
             target = torch.as_tensor(labels[kind][positions], device=logits.device)

@@ -61,7 +61,7 @@ class Profile:
     def root(self, dataset: str) -> str:
         return f"{self.data}/{dataset}"
 
-# %% ../nbs/31_experiments.ipynb #249ba2d2
+# %% ../nbs/31_experiments.ipynb #fabd7c3e
 MINI_METHODS: dict[str, dict] = {  # rates: the best of the published one times 1, 4, 16 and 64, see benchmarks/learning_rates.py
     "coop": dict(lr=0.032),
     "cocoop": dict(lr=0.032),
@@ -96,8 +96,8 @@ def profile(
             shown={backbone: MINI_ENCODERS[role] for backbone, role in BACKBONES.items()}, one_seed=("cocoop", "vita_clip"))
     if name != "paper":
         raise DataError(f"profile={name!r} is unknown: 'mini' or 'paper'{did_you_mean(name, ['mini', 'paper'])}")
-    if not data:
-        raise DataError("the paper profile needs the datasets: name the folder that holds epic, ego4d and egtea (DATA=/path)")
+    if not (data := data or os.environ.get("XMIC_DATA")):
+        raise DataError("the paper profile needs the datasets: name the folder that holds epic, ego4d and egtea (DATA=/path, or XMIC_DATA)")
     encoders = {"clip": dict(encoder="ViT-B-16-quickgelu"), "dino": dict(encoder="dinov2_vitl14"), "large": dict(encoder="ViT-L-14-quickgelu"),
                 "lavila": dict(encoder="lavila-large", weights=str(from_root(data) / LAVILA_WEIGHTS))}
     return _changed(Profile(
@@ -114,7 +114,7 @@ def _changed(p: Profile) -> Profile:
     for key, value in changes.items():
         if key not in own or type(value) is not type(getattr(p, key)) and not isinstance(getattr(p, key), tuple):
             raise DataError(f"{path}: {key}={value!r} cannot be set; it may hold {', '.join(own)}{did_you_mean(key, own)}")
-    merged = {k: {**getattr(p, k), **v} if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+    merged: dict[str, Any] = {k: {**getattr(p, k), **v} if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
     return replace(p, **merged)
 
 # %% ../nbs/31_experiments.ipynb #44e93d6b
@@ -249,7 +249,7 @@ def run(
     seed: int = 0,
 ) -> Run:
     "The run that one row needs for one source, one kind of label and one seed."
-    roles = {f: settings.get(f) for f in ("encoder", "context_encoder")}
+    roles: dict[str, Any] = {f: settings.get(f) for f in ("encoder", "context_encoder")}
     roles["encoder"] = roles["encoder"] or "clip"
     ours = {k: v for k, v in settings.items() if k not in roles}
     method = ours.get("method", "xmic")
@@ -457,7 +457,7 @@ def _contents(made: Plan) -> dict[str, str]:  # address -> words
         "#calibration": "Calibration", "#confusions": "What is taken for what"} | ({"clips.html": "Clips: won, lost, and why"} if 1 in made.tables else {}) | {
         "#costs": "What a training step costs", "#encoded": "What was encoded", "#runs": "All runs, for programs"}
 
-# %% ../nbs/31_experiments.ipynb #8bdcacfa
+# %% ../nbs/31_experiments.ipynb #93e58655
 def world_size(
     root: str | Path,  # of a dataset
 ) -> str | None:  # None where it is not of the mini world
@@ -472,7 +472,7 @@ def prepare(
     from xmic.training import resolve
 
     said = config.data_root is not None
-    if not said and config.dataset in DATASETS and not from_root(f"data/{config.dataset}").exists():
+    if not said and config.dataset in DATASETS and not os.environ.get("XMIC_DATA") and not from_root(f"data/{config.dataset}").exists():
         config = replace(config, data_root=f"{WORLDS['default']}/{config.dataset}")
     size = world_size(config.data_root) if config.data_root else None
     if size:
@@ -481,7 +481,11 @@ def prepare(
                          features_root=small.features_root if config.features_root == "features" else config.features_root)
     config = resolve(config)
     if size:
-        from xmic.mini import build
+        try:
+            from xmic.mini import build
+        except ModuleNotFoundError as e:
+            raise DataError(f"the mini world is drawn with a package that is not installed here ({e.name}): pip install 'xmic[mini]', or name the folder of "
+                            f"a dataset with data_root or XMIC_DATA") from None
         if not said:
             print(f"There is no data/{config.dataset}, so this run is on the mini world in {config.data_root}, with {config.encoder}. {MINI_NOTE}", flush=True)
         build(root=str(from_root(WORLDS[size])), size=size, progress=config.progress)

@@ -7,7 +7,7 @@ __all__ = ['IN_FLIGHT', 'write_shard', 'read_shard', 'shard_name', 'read_checked
            'ExtractReport', 'manifest_of', 'file_size', 'Timed', 'extract', 'ExtractConfig', 'resize_policy',
            'dataset_store', 'hand_boxes', 'extract_dataset']
 
-# %% ../nbs/13_features.ipynb #1e2d5402
+# %% ../nbs/13_features.ipynb #28752754
 import hashlib
 import json
 import os
@@ -30,12 +30,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .clips import Clip, ClipTask, Failed, Pixels, clip_pixels
 from .distributed import deal_videos
 from .encoders import Encoder, create_encoder
-from .files import DataError, brief, from_root, one_at_a_time, parse_json, read_json, remove_leftovers, whole_file, writable, write_json
+from .files import DataError, brief, data_folder, from_root, one_at_a_time, parse_json, progress_bar, read_json, remove_leftovers, whole_file, writable, write_json
 from .hands import HandBoxes
 from .segments import read_segments
 from .video import DecodePool, WorkerKilled, decoder_version
@@ -55,7 +54,7 @@ def write_shard(
 
 
 def _checksum(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.numpy().reshape(-1).view(np.uint8)).hexdigest()
+    return hashlib.sha256(tensor.numpy().reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def _checksum_of_places(rows: dict[str, int], frames: Tensor) -> str:
@@ -153,6 +152,7 @@ def _shards(folder: Path) -> list[Path]:
 
 def _size(path: Path) -> int | None:
     with suppress(OSError): return path.stat().st_size
+    return None
 
 
 def _places(
@@ -160,7 +160,8 @@ def _places(
     folder: Path = Path(),
 ) -> dict[str, tuple[int, int, int]]:  # segment id -> shard, first row, rows
     "Where each segment lies. Raises `DataError` if two shards hold it."
-    places, names = {}, list(index)
+    places: dict[str, tuple[int, int, int]] = {}
+    names = list(index)
     for number, shard in enumerate(index.values()):
         first = 0
         for segment, rows in shard["segments"].items():
@@ -232,6 +233,7 @@ def _failure(line: bytes) -> dict | None:  # None: not a line of failures.jsonl
     with suppress(DataError):
         record = parse_json(line, "failures.jsonl", dict)
         if isinstance(record.get("segment_id"), str) and "cause" in record: return record
+    return None
 
 # %% ../nbs/13_features.ipynb #484d53cd
 class FailureLog:
@@ -393,7 +395,7 @@ class FeatureStore:
     def note_failures(self,
                       view: str,
                       records: dict[str, dict],  # segment id -> its line
-                      mended: set[str] = frozenset(),  # segments whose lines are to go
+                      mended: Iterable[str] = (),  # segments whose lines are to go
                      ) -> None:
         "Adds to failures.jsonl what is new, and that something was mended. Several processes may do so at once."
         self._failure_log(view).add(records, mended)
@@ -529,7 +531,7 @@ class _Video:
 
     def __init__(self, task: ClipTask, encoders: list[Encoder], stores: list[FeatureStore], report: ExtractReport):
         self.task, self.stores, self.report = task, stores, report
-        self.features = {view: [[] for _ in encoders] for view in task.views}
+        self.features: dict[str, list[list]] = {view: [[] for _ in encoders] for view in task.views}
         self.due = 0  # crops that were sent to the encoders and are not back
         self.ended, self.error = False, None
         self.clips: list[Clip] = []
@@ -635,7 +637,7 @@ class Timed:
         finally:
             self.waited += time.perf_counter() - asked
 
-# %% ../nbs/13_features.ipynb #924f2098
+# %% ../nbs/13_features.ipynb #48dbc647
 def _encode_videos(
     tasks: list[ClipTask],
     begin: Callable[[ClipTask], _Video],
@@ -647,7 +649,7 @@ def _encode_videos(
     "Encodes what the decoding workers send, and stores one video after the other."
     items, start = Timed(pool.map(clip_pixels, tasks)), time.perf_counter()
     videos: deque[_Video] = deque()  # begun and not stored
-    with tqdm(total=len(tasks), unit="video", mininterval=1, disable=None if progress else True) as bar:
+    with progress_bar(len(tasks), "video", show=progress) as bar:
         def store_whole() -> None:
             while videos and videos[0].ended and not videos[0].due:
                 videos.popleft().finish()
@@ -684,7 +686,8 @@ def extract(
     across_videos: bool | None = None,  # batches of one size, filled with several videos; None: on a GPU
 ) -> ExtractReport:
     "Fills the stores with all segments that they lack. Can be stopped at any moment and started again."
-    encoders, stores = ([x] if isinstance(x, (Encoder, FeatureStore)) else list(x) for x in (encoder, store))
+    encoders = [encoder] if isinstance(encoder, Encoder) else list(encoder)
+    stores = [store] if isinstance(store, FeatureStore) else list(store)
     views = (view,) if isinstance(view, str) else tuple(view)
     if len(encoders) != len(stores):
         raise DataError(f"{len(encoders)} encoders but {len(stores)} stores: give one for each")
@@ -711,13 +714,13 @@ def extract(
     report.seconds = time.perf_counter() - begin
     return report
 
-# %% ../nbs/13_features.ipynb #6d00d3bf
+# %% ../nbs/13_features.ipynb #1ab1a7f8
 @dataclass
 class ExtractConfig:
     "All settings of an extraction."
 
     dataset: str = "epic"  # epic, ego4d, egtea or csv
-    data_root: str | None = None  # its folder; None: data/<dataset>
+    data_root: str | None = None  # its folder; None: XMIC_DATA/<dataset>, or data/<dataset>
     splits: list[str] = field(default_factory=lambda: ["train", "test"])  # which segments
     encoder: str = "ViT-B-16-quickgelu"  # an open_clip or timm name, or one of DINOv2's, such as "dinov2_vitl14"
     weights: str | None = None  # pretrained tag, local file, or "random"; None: OpenAI's
@@ -759,12 +762,12 @@ def dataset_store(
     "Where the features of a dataset by an encoder lie."
     return FeatureStore(Path(features_root) / encoder.with_resize(resize_policy(resize, dataset)).fingerprint / dataset)
 
-# %% ../nbs/13_features.ipynb #828fc5c8
+# %% ../nbs/13_features.ipynb #16d50265
 def hand_boxes(
     config: ExtractConfig,
 ) -> HandBoxes | None:  # None where a dataset comes without any and none are named
     "The hand boxes of a dataset: those named, else those that lie where data/README.md says."
-    root = from_root(config.data_root or f"data/{config.dataset}")
+    root = data_folder(config.dataset, config.data_root)
     root = root if root.is_dir() else root.parent
     named = [from_root(config.boxes)] if config.boxes else [
         root / "hand_boxes.csv", *sorted((root / "annotations" / "hand_crops").glob("*.pkl"))[:1], root / "hand-objects", root / "100doh"]
@@ -782,12 +785,12 @@ def hand_boxes(
         return HandBoxes.from_epic(place, max_gap=config.max_gap, **thresholds)
     return HandBoxes.from_100doh(place, max_gap=config.max_gap, **thresholds)
 
-# %% ../nbs/13_features.ipynb #95f07d7e
+# %% ../nbs/13_features.ipynb #558790ba
 def extract_dataset(
     config: ExtractConfig,
 ) -> tuple[FeatureStore, ExtractReport]:
     "Extracts the features of a dataset. Raises `DataError` for settings and data that cannot be used, before anything is decoded."
-    root = from_root(config.data_root or f"data/{config.dataset}")
+    root = data_folder(config.dataset, config.data_root)
     segments = pd.concat([read_segments(config.dataset, root, split) for split in config.splits], ignore_index=True)
     boxes = hand_boxes(config) if "hand" in config.views else None
     if "hand" in config.views and boxes is None:

@@ -6,7 +6,7 @@
 __all__ = ['ShardWriter', 'FrameShard', 'FrameStore', 'frames_folder', 'store_frames', 'store_dataset', 'random_crops',
            'crop_clip', 'PixelStreams']
 
-# %% ../nbs/20_frames.ipynb #281263b2
+# %% ../nbs/20_frames.ipynb #b7dac242
 import hashlib
 import json
 import math
@@ -26,13 +26,12 @@ import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resized_crop
-from tqdm.auto import tqdm
 
 from .clips import Clip, ClipTask, Failed, Pixels, clip_pixels
 from .distributed import deal_videos
 from .encoders import create_encoder
 from .features import ExtractConfig, ExtractReport, FailureLog, Timed, file_size, hand_boxes, resize_policy, shard_name
-from .files import DataError, brief, from_root, parse_json, read_json, whole_file, write_json
+from .files import DataError, brief, data_folder, from_root, parse_json, progress_bar, read_json, whole_file, write_json
 from .hands import HandBoxes
 from .pixels import Preprocess
 from .segments import read_segments
@@ -64,8 +63,8 @@ class ShardWriter:
     def append(self,
                squares: np.ndarray,  # (N, S, S, 3) uint8
               ) -> None:
-        self.file.write(memoryview(np.ascontiguousarray(squares)))
-        self.digest.update(memoryview(np.ascontiguousarray(squares)))
+        self.file.write(np.ascontiguousarray(squares).data)
+        self.digest.update(np.ascontiguousarray(squares).data)
         self.count += len(squares)
 
     def finish(self,
@@ -112,7 +111,8 @@ class FrameShard:
                 file.seek(self.tables_at)
                 found = np.frombuffer(file.read(), np.int32)
             if len(found) != 2 * sum(self.segments.values()): raise self._cut_short()
-            self._tables = tuple(found.reshape(2, -1))
+            rows, numbers = found.reshape(2, -1)
+            self._tables = rows, numbers
         return self._tables
 
     def _cut_short(self) -> DataError:
@@ -200,7 +200,7 @@ class FrameStore:
         faults = []
         for shard in self.shards:
             digest = hashlib.sha256()
-            for block in shard.blocks(): digest.update(memoryview(block))
+            for block in shard.blocks(): digest.update(block.data)
             if digest.hexdigest() != shard.sha256:
                 faults.append(f"{shard.path}: the pixels do not match their checksum; delete it and store the frames again")
             if shard.side != self.side:
@@ -234,7 +234,8 @@ def _open_folder(folder: Path, manifest: dict) -> FrameStore:
 # %% ../nbs/20_frames.ipynb #196a68f3
 def _left_to_do(segments: pd.DataFrame, store: FrameStore, report: ExtractReport) -> dict[str, list]:
     "By video: the segments that are neither stored nor known to have failed on this very file."
-    failed, todo = store.failures, {}
+    todo: dict[str, list] = {}
+    failed = store.failures
     for row in segments.itertuples(index=False):
         known = failed.get(row.segment_id)
         if row.segment_id in store.place:
@@ -267,7 +268,9 @@ class _NothingRead(Exception):
 def _store_video(task: ClipTask, items: Iterator[Item], store: FrameStore, report: ExtractReport) -> None:
     "Writes the shard of one video as its pixels come; keeps what the shard held before."
     path = store.folder / shard_name(task.video_id)
-    paths, clips, failed = {s.segment_id: s.video_path for s in task.segments}, [], {}
+    paths = {s.segment_id: s.video_path for s in task.segments}
+    clips: list[Clip] = []
+    failed: dict[str, str] = {}
     before = FrameShard(path) if path.exists() else None
     with suppress(_NothingRead), whole_file(path) as part, open(part, "wb+") as file:
         writer = ShardWriter(file, [*(before.segments if before else ()), *paths], store.side)
@@ -294,7 +297,7 @@ def _split_tables(shard: FrameShard) -> dict[str, tuple[np.ndarray, np.ndarray]]
     ends = np.cumsum(list(shard.segments.values()))[:-1]
     return dict(zip(shard.segments, zip(*(np.split(table, ends) for table in shard.tables))))
 
-# %% ../nbs/20_frames.ipynb #57ebd1a4
+# %% ../nbs/20_frames.ipynb #6537bee2
 def store_frames(
     segments: pd.DataFrame,  # as the readers of `segments` give them
     folder: str | Path,  # see `frames_folder`
@@ -321,7 +324,7 @@ def store_frames(
     todo = _left_to_do(segments, store, report)
     _check_room(folder, {} if whole_files else todo, store.side, feature_fps)
     tasks = [ClipTask(video, tuple(rows), (view,), (preprocess,), feature_fps, boxes, backend, whole_files) for video, rows in todo.items()]
-    with DecodePool(workers, timeout) as pool, tqdm(total=len(tasks), unit="video", mininterval=1, disable=None if progress else True) as bar:
+    with DecodePool(workers, timeout) as pool, progress_bar(len(tasks), "video", show=progress) as bar:
         sent = Timed(pool.map(clip_pixels, tasks))
         for number, items in groupby(sent, key=lambda item: item.task):
             _store_video(tasks[number], items, store, report)
@@ -331,13 +334,13 @@ def store_frames(
     report.seconds, report.waiting = time.perf_counter() - begin, sent.waited
     return FrameStore(folder), report
 
-# %% ../nbs/20_frames.ipynb #4d5d6d4a
+# %% ../nbs/20_frames.ipynb #3de22c14
 def store_dataset(
     config: ExtractConfig,  # `precision`, `batch_size` and `device` have no meaning here
     view: str = "full",  # or "hand"
 ) -> tuple[FrameStore, ExtractReport]:
     "Stores the frames of a dataset. Raises `DataError` for settings and data that cannot be used, before anything is decoded."
-    root = from_root(config.data_root or f"data/{config.dataset}")
+    root = data_folder(config.dataset, config.data_root)
     segments = pd.concat([read_segments(config.dataset, root, split) for split in config.splits], ignore_index=True)
     preprocess = create_encoder(config.encoder, config.weights, "cpu").with_resize(resize_policy(config.resize, config.dataset)).preprocess
     workers = max(1, (os.cpu_count() or 2) - 1) if config.workers is None else config.workers
@@ -415,7 +418,7 @@ class PixelStreams:
                 order: np.ndarray,  # positions of the segments, in the order of the batches
                 rows: np.ndarray,  # (S, T) rows of every segment
                 batch_size: int,
-                context_rows: None = None,  # there is no conditioning stream
+                context_rows: np.ndarray | None = None,  # none: there is no conditioning stream
                 drop_last: bool = False,  # leave out the last batch where it is not full
                 rng: np.random.Generator | None = None,  # draws the cuts of training; None: whole frames
                 own: np.ndarray | None = None,  # places in `order` that are wanted of it, with their cuts; None: all

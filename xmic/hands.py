@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from reprlib import repr as shown
-from typing import Any, Iterable, NamedTuple, Sequence
+from typing import Any, Iterable, Literal, NamedTuple, Sequence
 
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -99,7 +99,7 @@ def unpickle(
         raise DataError(f"{path}: not readable as a pickle of plain data ({type(e).__name__}: {str(e)[:200]})") from None
 
 # %% ../nbs/05_hands.ipynb #470b4204
-def _detections_class() -> type:
+def _detections_class() -> Any:
     "The message class of EPIC's detections, built from its description."
     file = descriptor_pb2.FileDescriptorProto(name="xmic_detections.proto", package="xmic", syntax="proto3")
     kinds = dict(float=2, int32=5, string=9, message=11)
@@ -136,7 +136,7 @@ class EpicHands(Sequence):
     def __len__(self) -> int:
         return len(self.messages)
 
-    def __getitem__(self, i: int) -> tuple[list[Hand], list[Object]]:
+    def __getitem__(self, i: int) -> tuple[list[Hand], list[Object]]:  # type: ignore[override]
         try:
             found = Detections.FromString(self.messages[i])
         except DecodeError as e:
@@ -163,12 +163,13 @@ class _DType:
     "Stands for a numpy dtype while a pickle is read."
 
     def __init__(self, code: str, *_: Any):
-        self.code, self.order = code, "|"
+        self.code = code
+        self.order: Any = "|"  # of its bytes
 
     def __setstate__(self, state: tuple) -> None:
         self.order = state[1]
 
-    def read(self, data: bytes, shape: tuple, order: str = "C") -> np.ndarray:
+    def read(self, data: bytes, shape: tuple, order: Literal["C", "F"] = "C") -> np.ndarray:
         kind = np.dtype(self.code) if isinstance(self.code, str) else np.dtype("O")
         if kind.kind not in "biuf":
             raise pickle.UnpicklingError(f"it holds an array of {self.code!r}; only numbers are read")

@@ -8,6 +8,7 @@ __all__ = ['Look', 'turned', 'look', 'won_and_lost', 'plot_answers', 'plot_degre
 # %% ../nbs/35_inspection.ipynb #8ee5342a
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,6 +25,7 @@ from .classes import ClassSet
 from .clips import wanted_frames
 from .features import ExtractConfig, hand_boxes
 from .files import DataError, from_root
+from .hands import HandBoxes
 from .training import RunResult, pick_device, restore, test_batches
 from .video import frame_indices, probe, read_frames
 
@@ -91,12 +93,12 @@ def look(
     with torch.inference_mode():
         for _, batch in test_batches(split, c, batch_size=batch_size):
             found = dict(logits=method(batch, classes))
-            if isinstance(method, XMIC):
+            if isinstance(method, XMIC) and batch.context is not None:
                 found |= _adapter(method, batch.context, classes.text)
             for name, value in found.items():
                 parts.setdefault(name, []).append(value.float().cpu())
     seen = {name: torch.cat(values) for name, values in parts.items()}
-    maps = {name: seen[name] for name in ("spatial", "temporal") if name in seen}
+    maps: dict[str, Tensor] = {name: seen[name] for name in ("spatial", "temporal") if name in seen}
     return Look(dataset, split.segments, data.classes[dataset][kind], split.labels[kind], seen["logits"], seen.get("degrees"), maps, tuple(c.context_views))
 
 
@@ -149,15 +151,15 @@ def plot_answers(
     return fig
 
 
-def _strip(axes: list, segment: pd.Series, boxes: object) -> None:
+def _strip(axes: list, segment: pd.Series, boxes: HandBoxes | None) -> None:
     "Frames of a segment, evenly spread, with their boxes; grey where they cannot be read."
     try:
         info = probe(segment.video_path)
         every = wanted_frames(info, segment)
-        chosen = every[frame_indices(0, len(every), len(axes))]
+        chosen: Any = every[frame_indices(0, len(every), len(axes))]
         images = read_frames(segment.video_path, chosen)
     except DataError:
-        chosen, images = [None] * len(axes), [np.full((9, 16, 3), 230, np.uint8)] * len(axes)
+        chosen, images = [None] * len(axes), np.full((len(axes), 9, 16, 3), 230, np.uint8)
     for ax, index, image in zip(axes, chosen, images):
         ax.imshow(image)
         ax.set(xticks=[], yticks=[])
@@ -173,7 +175,9 @@ def plot_degrees(
     "By how many degrees each class embedding is turned, in the mean over the segments, classes in ascending order."
     fig, axes = plt.subplots(1, len(looks), figsize=(3.4 * len(looks), 2.8), squeeze=False, sharey=True, constrained_layout=True)
     for ax, (title, seen) in zip(axes[0], looks.items()):
-        mean, low, high = seen.degrees.mean(0), *seen.degrees.quantile(torch.tensor([0.1, 0.9]), 0)
+        if seen.degrees is None:
+            raise DataError(f"{title}: a run of another method than X-MIC, which turns no class embedding; leave it out")
+        mean, (low, high) = seen.degrees.mean(0), seen.degrees.quantile(torch.tensor([0.1, 0.9]), 0)
         order = mean.argsort()
         at = np.arange(len(order))
         ax.fill_between(at, low[order], high[order], alpha=0.25, lw=0, label="80 % of the segments")

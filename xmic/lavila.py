@@ -16,6 +16,7 @@ from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,7 +123,7 @@ class VideoTower(nn.Module):
         self.temporal_embed = nn.Parameter(0.02 * torch.randn(1, c.frames, c.width))
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, c.width, c.patch, c.patch, bias=False)))
         self.ln_pre = nn.LayerNorm(c.width)
-        self.blocks = nn.ModuleList(DividedBlock(c.width, c.heads, c.gated) for _ in range(c.blocks))
+        self.blocks: Any = nn.ModuleList(DividedBlock(c.width, c.heads, c.gated) for _ in range(c.blocks))
         self.norm = nn.LayerNorm(c.width, eps=1e-6)
         self.image_size = c.image
 

@@ -6,7 +6,7 @@
 __all__ = ['EPIC_VERBS', 'EGO4D_VERBS', 'EGTEA_VERBS', 'USUAL', 'LISTS', 'SIZES', 'WORLD', 'usual', 'Lists', 'Detector', 'Reel',
            'plan', 'write_video', 'write_reel', 'build', 'contact_sheet']
 
-# %% ../nbs/30_mini.ipynb #01cf173b
+# %% ../nbs/30_mini.ipynb #3b9d91ad
 import csv
 import fcntl
 import math
@@ -18,15 +18,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import cv2
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from .classes import clean_ego4d, clean_egtea, clean_epic
-from .files import DataError, from_root, read_json, whole_file, write_json
+from .files import DataError, from_root, progress_bar, read_json, whole_file, write_json
 from .hands import Detections, Hand, HandBoxes, Object, union_box
 from .scenes import FIXED, LOOKS, Action, Footage, Truth
 from .segments import epic_frame_rate, head_classes
@@ -120,8 +120,8 @@ class Detector:
         size, hands, objects = np.array([width, height] * 2), [], []
 
         def moved(box: tuple) -> np.ndarray:
-            box = np.array(box) + rng.normal(0, self.jitter, 4) * np.tile(np.subtract(box[2:], box[:2]), 2)
-            return np.clip(np.concatenate([np.minimum(box[:2], box[2:] - 2), box[2:]]), 0, size)
+            sides = np.array(box) + rng.normal(0, self.jitter, 4) * np.tile(np.subtract(box[2:], box[:2]), 2)
+            return np.clip(np.concatenate([np.minimum(sides[:2], sides[2:] - 2), sides[2:]]), 0, size)
 
         def anywhere() -> tuple:
             at, half = rng.uniform(0.1, 0.9, 2) * size[:2], rng.uniform(0.06, 0.22, 2) * height
@@ -148,7 +148,8 @@ def _epic_messages(
     video_id: str,
 ) -> list[bytes]:
     look, rate, messages = footage.look, epic_frame_rate(video_id), []
-    size, made, of = np.array([look.width, look.height]), None, -1
+    size, of = np.array([look.width, look.height]), -1
+    made: Any = None  # the message of frame `of`
     for number in range(footage.frames * rate // look.fps):
         if number * look.fps // rate != of:
             of, made = number * look.fps // rate, Detections(video_id=video_id)
@@ -170,7 +171,7 @@ def _100doh_arrays(
         length = math.hypot(*offset)
         return [*box, score, state, length / 10_000, *(np.array(offset) / (length or 1.0)), side]
 
-    return {number: {"hand_dets": np.array([row(*h[:3], h.offset, h.side) for h in hands], np.float32) if hands else None,
+    return {number: {"hand_dets": np.array([row(h.box, h.score, h.state, h.offset, h.side) for h in hands], np.float32) if hands else None,
                      "obj_dets": np.array([row(*o) for o in objects], np.float32) if objects else None} for number, (hands, objects) in enumerate(found)}
 
 # %% ../nbs/30_mini.ipynb #88d4298c
@@ -212,7 +213,9 @@ def _action(rng: np.random.Generator, lists: Lists, pair: tuple[str, str], start
 
 # %% ../nbs/30_mini.ipynb #c853f966
 def _plan_epic(rng: np.random.Generator, train: int, test: int) -> list[Reel]:
-    reels, fps, numbers = [], LOOKS["epic"].fps, {}
+    reels: list[Reel] = []
+    numbers: dict[str, int] = {}
+    fps = LOOKS["epic"].fps
     for split, n in (("train", train), ("validation", test)):
         pairs = iter(LISTS["epic"].draw(rng, n))
         for place, count in enumerate(_shares(n, 12)):
@@ -246,7 +249,8 @@ _DISHES = ("PastaSalad", "GreekSalad", "Pizza", "TurkeySandwich", "BaconAndEggs"
 
 
 def _plan_egtea(rng: np.random.Generator, test: int) -> list[Reel]:
-    reels, fps = [], LOOKS["egtea"].fps
+    reels: list[Reel] = []
+    fps = LOOKS["egtea"].fps
     train = max(6, test // 5)
     pairs = iter(LISTS["egtea"].draw(rng, test + train))
     for place, count in enumerate(_shares(test + train, 12)):
@@ -391,7 +395,7 @@ def write_reel(
     write_video(root / reel.path, reel.footage)
     yield len(reel.actions)
 
-# %% ../nbs/30_mini.ipynb #9fdb5991
+# %% ../nbs/30_mini.ipynb #3b94a3fc
 def _same_world(
     root: Path,
     wanted: dict,  # version, size, seed
@@ -434,7 +438,7 @@ def build(
                 part.unlink()
         clips, left = (sum(len(reel.actions) for reel in some) for some in (reels, todo))
         with DecodePool((os.cpu_count() or 2) if workers is None else workers, timeout=600) as pool, \
-                tqdm(total=clips, initial=clips - left, desc="mini world", unit="clip", mininterval=1, disable=None if progress else True) as bar:
+                progress_bar(clips, "clip", clips - left, "mini world", progress) as bar:
             for item in pool.map(write_reel, [(root / reel.dataset, reel) for reel in todo], ordered=False):
                 if item.error:
                     raise item.error

@@ -53,8 +53,8 @@ def class_names(
 
 def plural(name: str) -> str:
     if name in _NO_PLURAL: return name
-    for end, many in ((r"(s|x|ch|sh|tomato)$", r"\1es"), ("fe$", "ves"), ("([^aeiou])y$", r"\1ies"), ("$", "s")):
-        if re.search(end, name): return re.sub(end, many, name, count=1)
+    rules = ((r"(s|x|ch|sh|tomato)$", r"\1es"), ("fe$", "ves"), ("([^aeiou])y$", r"\1ies"), ("$", "s"))
+    return next(re.sub(end, many, name, count=1) for end, many in rules if re.search(end, name))
 
 # %% ../nbs/32_pretraining.ipynb #3f6a461f
 GERUNDS = {  # of all verbs of the class lists
@@ -207,7 +207,7 @@ def crop(
     shift, mirror, angle = (1 - side).abs() * (2 * u(2) - 1), (u() < 0.5).mul(2).sub(1), turn * (2 * u() - 1)
     (width, height), (cos, sin) = side.unbind(1), (angle.cos(), angle.sin())
     theta = torch.stack([cos * width * mirror, -sin * height, shift[:, 0], sin * width * mirror, cos * height, shift[:, 1]], 1).unflatten(1, (2, 3))
-    grid = F.affine_grid(theta, (len(pixels), pixels.shape[-1], size, size), align_corners=False)
+    grid = F.affine_grid(theta, [len(pixels), pixels.shape[-1], size, size], align_corners=False)
     return F.grid_sample(pixels.permute(0, 3, 1, 2).float().div(255), grid, padding_mode=padding, align_corners=False)
 
 
@@ -295,7 +295,7 @@ def _render_clips(noun: str, first: int, count: int, size: int) -> tuple[np.ndar
     for i in range(count):
         rng = np.random.default_rng([first, list(NOUNS).index(noun), i])
         look, verb = LOOKS[rng.choice(list(LOOKS))], rng.choice(done_verbs(noun)).item()
-        frames, (action, thing, camera) = int(rng.integers(1.9 * look.fps, 3.3 * look.fps)), (first + rng.integers(2**40, size=3)).tolist()
+        frames, (action, thing, camera) = int(rng.integers(int(1.9 * look.fps), int(3.3 * look.fps))), (first + rng.integers(2**40, size=3)).tolist()
         footage = Footage(look, [Action(verb, noun, 0, frames, action, thing)], frames, camera)
         stride = int(rng.choice([1, 5]))
         begin = int(rng.integers(16 - 3 * stride))

@@ -11,7 +11,7 @@ import math
 from collections import OrderedDict
 from contextlib import contextmanager
 from functools import partial
-from typing import Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ class LearnedPrompts(nn.Module):
         self.tower, self.prompts_of = tower, prompts_of
         self.vectors = nn.Parameter(vectors)
         self._encoded: tuple | None = None  # without gradients: for which names and vectors, and the features
-        self._once: dict | None = None  # inside `text_once`: by names
+        self._once: Any = None  # inside `text_once` a dict, by names
 
     def forward(self,
                 names: Sequence[str],  # C class names

@@ -110,7 +110,7 @@ def plot_segments(
             every = wanted_frames(info, segment)
             shown = read_frames(segment.video_path, every[frame_indices(0, len(every), frames)])
         except DataError:
-            shown = [np.full((90, 160, 3), 230, np.uint8)] * frames
+            shown = np.full((frames, 90, 160, 3), 230, np.uint8)
         gap = np.full((len(shown[0]), max(1, shown[0].shape[1] // 40), 3), 255, np.uint8)
         ax.imshow(np.concatenate([part for frame in shown for part in (frame, gap)][:-1], axis=1))
         ax.set_axis_off()

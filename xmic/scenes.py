@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -70,7 +70,7 @@ _GRIP, _SIDE, _TOP = (0.30, 0.30), (-0.34, 0.26), (0.08, -0.30)  # on the object
 
 def _on(
     at: tuple[float, float],  # place on the object
-    there: float = 1.0,  # 0: below the frame, 1: at the place
+    there: float | np.ndarray = 1.0,  # 0: below the frame, 1: at the place
     x: float = 0.0, y: float = 0.0, angle: float = 0.0, scale: float = 1.0, width: float = 1.0,  # the object's pose, and how wide it is
 ) -> tuple[float, float]:
     "Where a hand is that goes to a place on the object."
@@ -265,8 +265,8 @@ class Patch(NamedTuple):
 
 
 def placed(
-    centre: tuple[float, float],  # pixels of the patch that go to `at`
-    at: tuple[float, float],  # pixels of the frame
+    centre: tuple[float, float] | np.ndarray,  # pixels of the patch that go to `at`
+    at: tuple[float, float] | np.ndarray,  # pixels of the frame
     angle: float = 0.0,  # degrees, clockwise
     width: float = 1.0,  # scales; negative ones mirror
     height: float = 1.0,
@@ -292,7 +292,7 @@ def hand_patches(
     "A right hand."
     shut, big, scale = grip / 4, 2 * HAND, 2 * HAND
     dark, light = tuple(int(0.62 * c) for c in skin), tuple(min(255, int(1.10 * c + 10)) for c in skin)
-    layers = [np.zeros((big, big, 4), np.uint8) for _ in range(2)]
+    layers: list[np.ndarray] = [np.zeros((big, big, 4), np.uint8) for _ in range(2)]
 
     def limb(layer: np.ndarray, joints: list, thickness: float) -> None:
         points = [np.round(np.multiply(joints, scale)).astype(np.int32)]
@@ -329,7 +329,7 @@ def tool_patch(
 ) -> Patch:
     "A tool, its working end up; it is held at 0.5, 0.75 of its patch."
     size = 2 * HAND
-    at = lambda *points: [np.round(np.multiply(points, size)).astype(np.int32)]
+    at: Callable[..., list[np.ndarray]] = lambda *points: [np.round(np.multiply(points, size)).astype(np.int32)]
     image = np.zeros((size, size, 4), np.uint8)
     if name == "knife":
         cv2.fillPoly(image, at((0.46, 0.70), (0.44, 0.10), (0.50, 0.02), (0.55, 0.70)), (205, 212, 220, 255), cv2.LINE_AA)
@@ -439,9 +439,9 @@ class Person:
     def like(cls, look: Look, rng: np.random.Generator) -> "Person":
         "Somebody of this dataset."
         glove = rng.random() < look.gloves
-        skin = (60, 120, 170) if glove and rng.random() < 0.5 else (225, 200, 70) if glove else look.skins[rng.integers(len(look.skins))]
-        skin = tuple(int(np.clip(c * f, 0, 255)) for c, f in zip(skin, rng.uniform(0.93, 1.07, 3)))
-        return cls(skin, look.sleeves[rng.integers(len(look.sleeves))], glove, 1.0 if rng.random() < look.short else float(rng.uniform(0.1, 0.4)),
+        near = (60, 120, 170) if glove and rng.random() < 0.5 else (225, 200, 70) if glove else look.skins[rng.integers(len(look.skins))]
+        r, g, b = (int(np.clip(c * f, 0, 255)) for c, f in zip(near, rng.uniform(0.93, 1.07, 3)))
+        return cls((r, g, b), look.sleeves[rng.integers(len(look.sleeves))], glove, 1.0 if rng.random() < look.short else float(rng.uniform(0.1, 0.4)),
                    look.hand * float(rng.uniform(0.92, 1.1)))
 
 
@@ -539,7 +539,7 @@ class Scene:
         self.stream = [(196, 214, 228), (238, 236, 228), (120, 78, 46), (222, 160, 60)][rng.integers(4) if action.verb == "pour" else 0]
         self.wood = tuple(int(c) for c in np.array([(150, 110, 70), (196, 190, 180), (92, 104, 124), (188, 160, 120)][rng.integers(4)]) * rng.uniform(0.85, 1.1))
         self.vessel = (_VESSELS[rng.integers(len(_VESSELS))], int(rng.integers(1 << 20)))
-        self.visitor = None
+        self.visitor: Any = None  # or a person, the side they come from, and three numbers in [0, 1)
         if rng.random() < look.others:
             self.visitor = (Person.like(look, rng), float(rng.choice([-1, 1])), rng.uniform(0, 1, 3))
         self.ground = ground.copy()
@@ -580,7 +580,7 @@ class Scene:
 
     def hand(self, p: Pose, own: int) -> tuple[tuple[Patch, Patch], np.ndarray]:
         "A hand's layers and where they are; `own` is 1 for the main hand and -1 for the other."
-        tip = self.pixels(p.hand if own == 1 else p.other)
+        tip = self.pixels(p.hand if own == 1 or p.other is None else p.other)
         dx, dy = tip - self.elbows[own]
         angle = math.degrees(math.atan2(dx, -dy)) * 0.8 + (self.side * p.turn if own == 1 else 0)
         size = self.unit * self.person.size * (0.65 + 0.35 * p.scale) / HAND
@@ -810,7 +810,7 @@ def strip(
     images = []
     for frame in np.linspace(0, footage.frames - 1, columns).round().astype(int).tolist():
         image, truth = footage.image(frame), footage.truth(frame)
-        found = [(hand.box, (90, 230, 90) if hand.own else (240, 70, 70)) for hand in truth.hands] + [(truth.object, (250, 220, 60))] * (truth.object is not None)
+        found: list[tuple[Any, tuple[int, int, int]]] = [(hand.box, (90, 230, 90) if hand.own else (240, 70, 70)) for hand in truth.hands] + [(truth.object, (250, 220, 60))] * (truth.object is not None)
         for box, colour in found if boxes else []:
             left, top, right, bottom = np.round(box).astype(int).tolist()
             cv2.rectangle(image, (left, top), (right - 1, bottom - 1), colour, 2)

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from reprlib import repr as shown
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -213,7 +214,7 @@ _EGO4D_FOLDERS = ["v2/annotations", "annotations"]
 _EGO4D_SOURCE = "from the ego4d command: ego4d --datasets annotations clips --benchmarks FHO --version v2"
 _EGO4D_NEEDS = ["clip_uid", "action_idx", "action_clip_start_sec", "action_clip_end_sec",
                 "action_clip_start_frame", "action_clip_end_frame", "verb", "noun"]
-_EGO4D_KINDS = [("clip_uid", str), ("verb", str), ("noun", str), ("action_idx", int), ("narration_text", (str, type(None)))]
+_EGO4D_KINDS: list[tuple[str, Any]] = [("clip_uid", str), ("verb", str), ("noun", str), ("action_idx", int), ("narration_text", (str, type(None)))]
 
 
 def _ego4d_rows(
@@ -258,9 +259,9 @@ def read_ego4d(
 # %% ../nbs/03_segments.ipynb #35102001
 def central_window(
     rows: int | np.ndarray,  # rows of features of a clip, or an array of such numbers
-    seconds: int | None,  # how many from the middle; None: all
+    seconds: float | None,  # how many from the middle; None: all
     clip_seconds: int = 8,  # how long a clip is
-) -> tuple[int, int] | tuple[np.ndarray, np.ndarray]:  # first row, and the one after the last
+) -> tuple[Any, Any]:  # first row, and the one after the last: numbers or arrays, as `rows`
     """The rows of the middle `seconds`, by the release's clip rule; all rows if `seconds` is `clip_seconds`.
 
     As there, an odd number of seconds counts as one less. Clips of fewer than `clip_seconds` rows have no whole row a second and are taken whole."""
@@ -408,7 +409,7 @@ def read_segments(
     dataset: str,  # "epic", "ego4d", "egtea" or "csv"
     root: str | Path,  # its folder, as its reader wants it
     split: str = "train",  # "train" or "test", as the paper uses them; "challenge", of epic alone
-    **options,  # of its reader
+    **options: Any,  # of its reader
 ) -> pd.DataFrame:  # COLUMNS
     "Segments of any dataset, by name."
     _one_of(dataset, _SPLITS, "dataset")

@@ -8,6 +8,7 @@ __all__ = ['NOUNS', 'EPIC_NOUNS', 'EGO4D_NOUNS', 'EGTEA_NOUNS', 'BESIDE', 'Drawi
 # %% ../nbs/28_shapes.ipynb #49d4eee1
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
@@ -81,17 +82,17 @@ class Drawing:
 
     def colour(self, names: str) -> np.ndarray:  # (3,) RGB
         "One of the named colours, a little off."
-        names = names.split()
-        return np.clip(np.array(_TONES[names[self.rng.integers(len(names))]]) * self.rng.uniform(.85, 1.12) + self.rng.uniform(-12, 12, 3), 8, 250)
+        tones = names.split()
+        return np.clip(np.array(_TONES[tones[self.rng.integers(len(tones))]]) * self.rng.uniform(.85, 1.12) + self.rng.uniform(-12, 12, 3), 8, 250)
 
-    def pixels(self, points) -> np.ndarray:  # (N, 2) int32 with 4 bits after the point
+    def pixels(self, points: Any) -> np.ndarray:  # (N, 2) int32 with 4 bits after the point
         "Where points lie on the canvas."
         return ((np.asarray(points) @ self.form.T * .49 + .5) * (len(self.alpha) * 16)).astype(np.int32)
 
     def fill(self,
-             points,  # (N, 2) outline, or the course of a line
-             colour,  # a name, names to choose from, or RGB
-             fall=_FLAT,  # how the light falls off across and down
+             points: Any,  # (N, 2) outline, or the course of a line
+             colour: str | np.ndarray,  # a name, names to choose from, or RGB
+             fall: tuple[float, float] = _FLAT,  # how the light falls off across and down
              alpha: int = 255,  # less for glass and water
              edge: float = .62,  # brightness of the outline, 1 for none
              ornament: bool = False,  # stay within the body: the last shape that was no ornament
@@ -117,12 +118,12 @@ class Drawing:
         else: cv2.copyTo(np.full_like(mask, alpha), mask, self.alpha[at])
         if edge < 1 and not width and not ornament: cv2.polylines(self.rgb, [p], True, (colour * edge).tolist(), max(1, n // 110), cv2.LINE_AA, 4)
 
-    def dots(self, colour, number: int, size: float, ornament: bool = True) -> None:
+    def dots(self, colour: str | np.ndarray, number: int, size: float, ornament: bool = True) -> None:
         "Round spots of about a size, anywhere in the body."
         for x, y, r in self.rng.uniform((-.9, -.9, size * .6), (.9, .9, size * 1.4), (number, 3)):
             self.fill(_oval(x, y, r)[::4], colour, edge=1, ornament=ornament)
 
-    def pattern(self, colour) -> None:
+    def pattern(self, colour: str | np.ndarray) -> None:
         "None, stripes, a band, dots or checks on the body, as the seed will have it."
         kind, step, at = self.rng.integers(6), self.u(.16, .3), self.u(-.2, .4)
         for k in np.arange(-1, 1, step) if kind in (1, 2, 3) else ():
@@ -131,7 +132,7 @@ class Drawing:
         if kind == 4: self.fill(_slab(-1, at, 1, at + step), colour, edge=1, ornament=True)
         if kind == 5: self.dots(colour, 14, .07)
 
-    def slices(self, done: float, flesh, inside: str = "") -> None:
+    def slices(self, done: float, flesh: Any, inside: str = "") -> None:
         "Cuts the body from its right end on: what is left of it, and the slices."
         columns = np.flatnonzero(self.body.any(0))
         if not done or not len(columns): return
@@ -894,7 +895,7 @@ def _apart(c: Drawing, s: float, zigzag: float) -> None:
     n = len(c.alpha)
     cut = n // 2 + (zigzag * n * (np.arange(n) // (n // 16) % 2)).astype(int)
     right = (np.arange(n) > cut[:, None]).astype(np.uint8)
-    move = np.float32([[1, 0, .16 * s * n], [0, 1, .05 * s * n]])
+    move = np.array([[1, 0, .16 * s * n], [0, 1, .05 * s * n]], np.float32)
     parts = [(a * (1 - right if a.ndim == 2 else 1 - right[..., None]), cv2.warpAffine(a * (right if a.ndim == 2 else right[..., None]), move, (n, n))) for a in (c.rgb, c.alpha)]
     c.alpha = np.maximum(*parts[1]); c.rgb = np.where(parts[1][1][..., None] > 0, parts[0][1], parts[0][0])
 
@@ -935,8 +936,8 @@ def sprite(
     "One instance of a noun on a transparent ground; tools stand with their handle below. `DataError` if the noun is unknown."
     if noun not in NOUNS:
         raise DataError(f"no drawing for the noun {noun!r}{did_you_mean(noun, NOUNS)}")
-    (draw, change), s, kind = NOUNS[noun], float(np.clip(state, 0, 1)), _ALIAS.get(verb, verb)
-    drives, way = _DRIVES.get(kind, ("", 1))
+    (draw, change), s, kind = NOUNS[noun], float(np.clip(state, 0, 1)), None if verb is None else _ALIAS.get(verb, verb)
+    drives, way = _DRIVES.get(kind or "", ("", 1))
     c = Drawing(noun, seed, size * (2 if size > 48 else 3))
     tilt, pressed = (-.95 * s if kind == "pour" else 0), (1 - .35 * s if kind == "squeeze" else 1)
     turn = np.array([[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]]) * (1 - .15 * (tilt < 0) * s)
@@ -1000,7 +1001,7 @@ BESIDE = {  # verb -> what usually lies there when it is done
 def _paste(image: np.ndarray, rgba: np.ndarray, pose: np.ndarray, shade: float) -> None:
     "Lays a sprite and its shadow on the image."
     size = len(image)
-    thing = rgba.astype(np.float32)
+    thing: np.ndarray = rgba.astype(np.float32)
     thing[..., 3:] /= 255
     thing[..., :3] *= thing[..., 3:]
     thing = cv2.warpAffine(thing, pose, (size, size))
@@ -1020,16 +1021,17 @@ def picture(
     state = rng.uniform(.25, 1) if verb or rng.uniform() < .3 else 0.0
     thing = sprite(noun, seed, size, state, verb)
     angle = rng.normal(0, 14) if rng.uniform() < .85 else rng.uniform(-180, 180)
-    pose = cv2.getRotationMatrix2D((size / 2, size / 2), angle, rng.uniform(.72, 1.2))
+    pose: np.ndarray = cv2.getRotationMatrix2D((size / 2, size / 2), angle, rng.uniform(.72, 1.2))
     if rng.uniform() < .5: pose = pose @ [[-1, 0, size - 1], [0, 1, 0], [0, 0, 1]]
     pose[:, 2] += rng.normal(0, .06 * size, 2)
     image = _background(rng, size) * np.ones((1, 1, 3), np.float32)
     if verb in BESIDE:
-        beside = cv2.getRotationMatrix2D((size / 2, size / 2), rng.normal(0, 20), rng.uniform(.4, .6))
+        beside: np.ndarray = cv2.getRotationMatrix2D((size / 2, size / 2), rng.normal(0, 20), rng.uniform(.4, .6))
         beside[:, 2] += rng.choice([-1, 1], 2) * rng.uniform(.22, .34, 2) * size
         _paste(image, sprite(BESIDE[verb], seed, size), beside, .3)
     _paste(image, thing, pose, rng.uniform(.1, .5))
-    light = np.linspace(*rng.uniform(.65, 1.2, 2), size, dtype=np.float32)[:, None]
+    first, last = rng.uniform(.65, 1.2, 2)
+    light = np.linspace(first, last, size, dtype=np.float32)[:, None]
     image *= (light if rng.uniform() < .5 else light.T)[..., None] * rng.uniform(.9, 1.1, 3).astype(np.float32)
     if rng.uniform() < .4: image = cv2.GaussianBlur(image, (0, 0), size / 64 * rng.uniform(.3, 1.1))
     image += rng.standard_normal((size, size, 1), dtype=np.float32) * rng.uniform(0, 9)

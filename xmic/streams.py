@@ -29,10 +29,9 @@ class Batch:
     video: Tensor  # (B, T, D) classified stream: CLIP frame features, not normalised
     context: Tensor | None = None  # (B, T, V, d) conditioning stream: V views of each frame, any encoder
 
-    def to(self, device, dtype=None) -> "Batch":
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Batch":
         "The same batch elsewhere, or in another precision."
-        move = lambda x: None if x is None else x.to(device, dtype)
-        return Batch(move(self.video), move(self.context))
+        return Batch(self.video.to(device, dtype), None if self.context is None else self.context.to(device, dtype))
 
     def __len__(self) -> int:
         return len(self.video)
@@ -60,6 +59,7 @@ def shift_twice(
     "Rows of the conditioning stream as released for Ego4D: the sampling rule applied to already sampled rows."
     step = ((stop - start) / rows.shape[1])[:, None]
     if train:
+        rng = np.random.default_rng() if rng is None else rng
         shifted = rows + (rng.random(rows.shape) * np.floor(step)).astype(np.int64)
     else:
         shifted = np.floor(rows + step / 2).astype(np.int64)

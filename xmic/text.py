@@ -9,7 +9,7 @@ __all__ = ['PackedPrompts', 'pack', 'TextTower']
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 import numpy as np
 import torch
@@ -33,7 +33,8 @@ def _frozen(row: Sequence[int]) -> int:
 # %% ../nbs/16_text.ipynb #da0b7203
 def _fill(rows: list[tuple[int, ...]], stem: int, size: int) -> list[list[tuple[int, ...]]]:
     "Sorted prompts, in blocks of at most `size` nodes each."
-    blocks, used = [], size
+    blocks: list[list[tuple[int, ...]]] = []
+    used = size
     for row in rows:
         begin = max(stem, _frozen(row))
         nodes = len(row) - max(begin, _shared(blocks[-1][-1], row)) if blocks else 0
@@ -47,14 +48,13 @@ def _fill(rows: list[tuple[int, ...]], stem: int, size: int) -> list[list[tuple[
 
 def _best_fill(rows: list[tuple[int, ...]], stem: int, width: int) -> tuple[int, list[list[tuple[int, ...]]]]:
     "The block size that costs least, and the blocks."
-    longest, best = max(len(row) for row in rows) - stem, None
+    longest, found = max(len(row) for row in rows) - stem, []
     nodes = len({row[:i] for row in rows for i in range(max(stem, _frozen(row)) + 1, len(row) + 1)})
     for size in sorted({longest, *(s for s in (*range(8, 129, 8), min(nodes, 128)) if s > longest)}):
         blocks = _fill(rows, stem, size)
-        cost = len(blocks) * size * (6 * width + stem + size)
-        if best is None or cost < best[0]:
-            best = cost, size, blocks
-    return best[1:]
+        found.append((len(blocks) * size * (6 * width + stem + size), size, blocks))
+    _, size, blocks = min(found, key=lambda one: one[0])
+    return size, blocks
 
 # %% ../nbs/16_text.ipynb #23b690c8
 @dataclass
@@ -78,8 +78,10 @@ class PackedPrompts:
 # %% ../nbs/16_text.ipynb #0cff1977
 def _block(rows: list[tuple[int, ...]], stem: int, kept: list[tuple[int, ...]]) -> tuple[list[tuple], list[list], list[int]]:
     "Nodes of one block as (symbol, position), which others each sees as (kept or not, index), and the nodes of EOT; adds to `kept`."
-    nodes, sees, ends = [], [], []
-    path, previous = [], ()  # of the current prompt behind the stem
+    nodes: list[tuple[int, int]] = []
+    sees: list[list] = []
+    path: list[tuple[bool, int]] = []  # of the current prompt behind the stem
+    ends, previous = [], rows[0][:0]
     for row in rows:
         frozen = _frozen(row)
         path = path[:max(0, _shared(previous, row) - stem)]
@@ -130,9 +132,9 @@ def pack(
 # %% ../nbs/16_text.ipynb #dc5f9681
 def _text_of(
     model: nn.Module,  # an open_clip model, or its text tower
-) -> nn.Module:
+) -> Any:  # a module
     "The module that holds the text tower. Raises `DataError` with the reason if prompts cannot be packed for it."
-    text = model.text if isinstance(getattr(model, "text", None), nn.Module) else model
+    text: Any = model.text if isinstance(getattr(model, "text", None), nn.Module) else model
     parts = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
     mask, pool = getattr(text, "attn_mask", None), getattr(text, "text_pool_type", getattr(text, "pool_type", "argmax"))
     fault = None
@@ -152,16 +154,16 @@ def _text_of(
 
 # %% ../nbs/16_text.ipynb #8cbe51ec
 def _attend(
-    block: nn.Module,
+    block: Any,  # of open_clip
     query: Tensor,  # (B, n, W)
     keys: Tensor,  # (B, m, 2 W) keys and values
     visible: Tensor,  # (B or 1, 1, n, m) bool
 ) -> Tensor:  # (B, n, W)
-    split = [x.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2) for x in (query, *keys.chunk(2, -1))]
-    return F.scaled_dot_product_attention(*split, attn_mask=visible).transpose(1, 2).flatten(2)
+    q, k, v = (x.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2) for x in (query, *keys.chunk(2, -1)))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).flatten(2)
 
 
-def _rest(block: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
+def _rest(block: Any, x: Tensor, attended: Tensor) -> Tensor:
     "The block from the output projection on."
     x = x + block.ls_1(linear(attended, block.attn.out_proj.weight, block.attn.out_proj.bias))
     hidden = linear(block.ln_2(x), block.mlp.c_fc.weight, block.mlp.c_fc.bias)
@@ -172,7 +174,7 @@ def _rest(block: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
     return x + block.ls_2(linear(hidden, block.mlp.c_proj.weight, block.mlp.c_proj.bias))
 
 
-def _project(block: nn.Module, y: Tensor, first: int = 0, last: int = 3) -> Tensor:
+def _project(block: Any, y: Tensor, first: int = 0, last: int = 3) -> Tensor:
     "Queries (0), keys (1) and values (2), or some of them, side by side."
     width, attn = y.shape[-1], block.attn
     return linear(y, attn.in_proj_weight[first * width:last * width], attn.in_proj_bias[first * width:last * width])
@@ -195,7 +197,7 @@ class _Part:
 
 # %% ../nbs/16_text.ipynb #772d1fe8
 def _beginnings(
-    text: nn.Module,
+    text: Any,  # what `_text_of` gives
     beginnings: list[tuple[int, ...]],  # token ids, from SOT on
 ) -> dict[tuple[int, ...], Tensor]:  # (layers, 2 W) each
     "Keys and values of the last token of each beginning, in every layer; to be called without graph."
@@ -208,8 +210,8 @@ def _beginnings(
             query, keys = _project(block, block.ln_1(x)).tensor_split([x.shape[-1]], -1)
             kept.append(keys)
             x = _rest(block, x, _attend(block, query, keys, causal))
-        kept = torch.stack(kept, 2)
-    return {row[:i + 1]: kept[at, i] for at, row in enumerate(whole) for i in range(len(row))}
+        stacked = torch.stack(kept, 2)
+    return {row[:i + 1]: stacked[at, i] for at, row in enumerate(whole) for i in range(len(row))}
 
 # %% ../nbs/16_text.ipynb #4feb66e5
 class TextTower:

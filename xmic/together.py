@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['FREE', 'STACKED', 'alike', 'Together', 'train_together']
 
-# %% ../nbs/23_together.ipynb #29d0d52c
+# %% ../nbs/23_together.ipynb #802873b0
 import time
 from copy import copy
 from dataclasses import asdict
-from typing import Sequence
+from typing import Sequence, cast
 
 import pandas as pd
 import torch
@@ -17,15 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm.auto import tqdm
 
 from .evaluation import split_logits
-from .files import DataError, whole_file
-from .streams import Batch
+from .files import DataError, progress_bar, whole_file
+from .streams import Batch, Streams
 from .training import DeviceSteps, RunData, RunResult, Split, TrainConfig, Trainer, _claim, _found, pick_device, resolve, run_folder, train
 
-# %% ../nbs/23_together.ipynb #6bc8458c
-FREE = ("seed", "lr", "schedule", "warmup_epochs", "warmup_lr", "betas", "momentum", "weight_decay", "scale", "name", "runs_root", "progress")
+# %% ../nbs/23_together.ipynb #b1d00eb1
+FREE = ("seed", "lr", "schedule", "warmup_epochs", "warmup_lr", "betas", "momentum", "weight_decay", "scale", "name", "runs_root", "progress", "tensorboard")
 STACKED = ("xmic", "clip_adapter", "clip_adapter_temporal")
 
 
@@ -51,7 +50,7 @@ class Together:
                  trainers: Sequence[Trainer],
                 ):
         self.trainers, first = list(trainers), trainers[0]
-        self.streams, self.shifted, self.mixed, self.text = first.split.streams, first.split.double_shift, first.mixed, first.text
+        self.streams, self.shifted, self.mixed, self.text = cast(Streams, first.split.streams), first.split.double_shift, first.mixed, first.text
         self.state: dict[str, Tensor] = {}
         self.slices: list[tuple[Tensor, list[Tensor]]] = []  # what is trained: the stack, and each run's slice of it
         owned = [dict([*t.method.named_parameters(), *t.method.named_buffers()]) for t in self.trainers]
@@ -73,7 +72,7 @@ class Together:
         "Forward and backward of all runs, then each run's update."
         runs = given["rows"].shape[:2]
         batch = self.streams.take(given["rows"].flatten(0, 1), self.shifted)
-        video, context = (None if x is None else x.unflatten(0, runs) for x in (batch.video, batch.context))
+        video, context = batch.video.unflatten(0, runs), None if batch.context is None else batch.context.unflatten(0, runs)
         with torch.autocast(video.device.type, torch.bfloat16, enabled=self.mixed), sdpa_kernel(_ATTENTION[video.device.type == "cpu"]):
             logits = split_logits(self.logits(self.state, video, context), self.text)
         losses = [F.cross_entropy(x.flatten(0, 1), given[k].flatten(), reduction="none").view(runs).mean(1) for k, x in logits.items()]
@@ -118,7 +117,7 @@ class _OneReading(RunData):
         own.config = config
         return own
 
-# %% ../nbs/23_together.ipynb #f90934da
+# %% ../nbs/23_together.ipynb #ca30941b
 def _fit_together(configs: list[TrainConfig], data: _OneReading) -> None:
     "Leaves every run with the checkpoint of its last epoch."
     trainers, last = [], configs[0].epochs
@@ -129,7 +128,7 @@ def _fit_together(configs: list[TrainConfig], data: _OneReading) -> None:
     if not trainers[0].on_device:
         return
     together = None
-    with tqdm(total=last, initial=min(t.epoch for t in trainers), unit="epoch", mininterval=1, disable=None if configs[0].progress else True) as bar:
+    with progress_bar(last, "epoch", min(t.epoch for t in trainers), show=configs[0].progress) as bar:
         while (epoch := min(t.epoch for t in trainers)) < last:
             behind = [t for t in trainers if t.epoch == epoch]
             if together is None or len(together.trainers) < len(behind):

@@ -9,7 +9,7 @@ __all__ = ['fast_tower', 'FixedBatch']
 import os
 import warnings
 from copy import copy, deepcopy
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ class _ClassTokenBlock(nn.Module):
 
     def __init__(self, block: nn.Module):
         super().__init__()
-        self.block = block
+        self.block: Any = block
 
     def forward(self, x: Tensor, attn_mask: None = None) -> Tensor:
         b = self.block
@@ -40,7 +40,7 @@ class _ClassTokenBlock(nn.Module):
 
 
 def _attend_from_first(
-    attention: timm_vit.Attention,
+    attention: Any,  # of timm
     x: Tensor,  # (N, L, D)
 ) -> Tensor:  # (N, 1, D)
     a, split = attention, attention.qkv.out_features // 3
@@ -56,7 +56,7 @@ class _QuickGELU(nn.Module):
         return (x * 1.702).sigmoid_().mul_(x)
 
 # %% ../nbs/09_towers.ipynb #18b57c8d
-def _reads_class_token(tower: nn.Module) -> bool:
+def _reads_class_token(tower: Any) -> bool:
     "Whether a tower is of a kind that `fast_tower` knows, and reads its class token and nothing else."
     if type(tower) is VisionTransformer:
         return (tower.pool_type == "tok" and tower.attn_pool is None and not tower.output_tokens and tower.transformer.batch_first
@@ -79,7 +79,7 @@ def _fold(
 
 
 def fast_tower(
-    model: nn.Module,  # a CLIP of open_clip, or a timm model
+    model: Any,  # a CLIP of open_clip, or a timm model
     mean: Tensor,  # (1, 3, 1, 1), of values in [0, 1]
     std: Tensor,  # (1, 3, 1, 1)
     dtype: torch.dtype | None = None,  # of autocast: linear weights are cast once instead of in each pass
@@ -112,7 +112,8 @@ class FixedBatch:
     ):
         self.function = function
         self.pixels = torch.full(shape, 128, dtype=torch.uint8, device=device)
-        self.graph = self.features = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.features: Tensor = self.pixels[:0]
         if record is None: record = device.type == "cuda" and os.environ.get("XMIC_CUDA_GRAPHS") != "0"
         try:
             if record: self._record()

@@ -107,7 +107,7 @@ def _container(
     except _DECODER_ERRORS as e:
         raise VideoError(path, f"no video can be found in it; it may be cut short or of another kind ({e})") from None
     with container:
-        stream = container.streams.best("video")
+        stream: Any = container.streams.best("video")
         if stream is None:
             raise VideoError(path, "it holds no video stream")
         if (stream.width or 0) * (stream.height or 0) > MOST_PIXELS:
@@ -139,7 +139,9 @@ def _stamps_of(path: str) -> _Stamps:
 @lru_cache(maxsize=8)
 def _stamps(path: str, size: int, changed: int) -> _Stamps:
     "Scans a file; `size` and `changed` (time of change) make a file that was replaced be scanned again."
-    shown, keys, broken, listed = [], [], "", 0
+    shown: list[int] = []
+    keys: list[int] = []
+    broken, listed = "", 0
     with _container(path) as (container, stream):
         try:
             for packet in container.demux(stream):
@@ -165,7 +167,8 @@ class _PyAVReader:
     "One open video, read with PyAV."
 
     def __init__(self, path: str):
-        self.path, self.decoding, self.at, self.to_rgb = path, None, -1, VideoReformatter()
+        self.path, self.at, self.to_rgb = path, -1, VideoReformatter()
+        self.decoding: Any = None  # or the frames that follow
         self.stamps = _stamps_of(path)
         self.frames, self.times, self.end = len(self.stamps.shown), self.stamps.times, self.stamps.broken
         self._begin()
@@ -179,7 +182,7 @@ class _PyAVReader:
         self.opened.__exit__(None, None, None)
 
     def read(self, indices: list[int]) -> np.ndarray:
-        frames = None
+        frames: Any = None
         for i, index in enumerate(indices):
             image = self._image(index)
             if frames is None:
@@ -223,6 +226,7 @@ class _PyAVReader:
                 raise VideoError(self.path, "the picture is damaged", [index])
             return np.rot90(self.to_rgb.reformat(frame, format="rgb24").to_ndarray(), frame.rotation // 90)
         self.decoding = None
+        return None
 
 # %% ../nbs/04_video.ipynb #0da77a59
 def _with_state(frames: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
@@ -240,7 +244,7 @@ def _with_state(frames: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
     yield from ((f, patched or any(f.is_corrupt for f in held)) for f in held)
 
 # %% ../nbs/04_video.ipynb #e1287a1e
-def _decord() -> ModuleType | None:
+def _decord() -> Any:  # a module
     "The module, or None on platforms that it has no wheel for."
     if find_spec("decord") is None:
         return None
@@ -299,7 +303,8 @@ _listening = threading.Lock()
 @contextmanager
 def _messages() -> Iterator[list[str]]:
     "Catches what decord's FFmpeg writes to the standard error stream; the list is filled at the end."
-    said, log = [], _decord().logging
+    said: list[str] = []
+    log = _decord().logging
     with _listening, tempfile.TemporaryFile() as caught:
         stream = os.dup(2)
         os.dup2(caught.fileno(), 2)
@@ -361,7 +366,7 @@ _idle: dict[tuple, Any] = {}  # the reader used last, by process, backend and fi
 
 
 @contextmanager
-def _reader(path: str | Path, backend: str, indices: Sequence[int] = (), fps: float = 60.0) -> Iterator[Any]:
+def _reader(path: str | Path, backend: str, indices: Sequence[int] | np.ndarray = (), fps: float = 60.0) -> Iterator[Any]:
     "An open video. Raises `VideoError` if it cannot be opened, or does not have these frames."
     path, backend = str(path), _backend(backend)
     if not os.path.exists(path):
@@ -551,7 +556,7 @@ _EXIT_NO_MEMORY = 112
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    if parent := multiprocessing.parent_process(): parent.join()
     os._exit(1)
 
 # %% ../nbs/04_video.ipynb #06084176
@@ -568,7 +573,9 @@ class _Worker:
         finally:
             sys.modules["__main__"] = script
         end.close()
-        self.timeout, self.ready, self.number, self.task = timeout, False, None, None
+        self.timeout, self.ready = timeout, False
+        self.number: Any = None  # of its task, while it has one
+        self.task: Any = None
 
     def begin(self, number: int, function: Callable, task: Any) -> None:
         self.number, self.task = number, task

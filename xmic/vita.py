@@ -8,6 +8,7 @@ __all__ = ['BlockPrompts', 'VitaVision', 'VitaCLIP']
 # %% ../nbs/19_vita.ipynb #d29b6814
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ class BlockPrompts(nn.Module):
         self.cls_proj = nn.Linear(width, width).requires_grad_(train_cls_proj) if local_prompts or summary else None
         self.summary_ln = nn.LayerNorm(width) if summary else None
         self.summary_attn = nn.MultiheadAttention(width, heads, batch_first=True) if summary else None
-        if summary:
+        if self.summary_attn is not None:
             for weight in (*self.summary_attn.in_proj_weight.data.chunk(3), self.summary_attn.out_proj.weight.data):
                 nn.init.xavier_uniform_(weight)
 
@@ -57,13 +58,13 @@ class BlockPrompts(nn.Module):
             c = self.cls_proj(cls)
         if self.local_prompts is not None:
             prompts.append((self.local_prompts + c)[:, None])
-        if self.summary_attn is not None:
+        if self.summary_ln is not None and self.summary_attn is not None:
             y = self.summary_ln(c)
             prompts.append((c + self.summary_attn(y, y, y, need_weights=False)[0])[:, :, None])
         return prompts
 
 # %% ../nbs/19_vita.ipynb #d8492f3f
-def _mlp(block: nn.Module, x: Tensor) -> Tensor:  # (N, S, W)
+def _mlp(block: Any, x: Tensor) -> Tensor:  # (N, S, W)
     "The MLP of an open_clip block."
     x = linear(block.ln_2(x), block.mlp.c_fc.weight, block.mlp.c_fc.bias)
     x = F.silu(x.mul_(1.702)).mul_(1 / 1.702) if isinstance(block.mlp.gelu, QuickGELU) else block.mlp.gelu(x)
@@ -71,7 +72,7 @@ def _mlp(block: nn.Module, x: Tensor) -> Tensor:  # (N, S, W)
 
 # %% ../nbs/19_vita.ipynb #0632915d
 def _block(
-    block: nn.Module,  # of the tower
+    block: Any,  # of the tower
     prompts: BlockPrompts,
     x: Tensor,  # (B·T, 1 + N, W) class token and patches
     clips: int,  # B
@@ -91,7 +92,7 @@ def _block(
     return x + _mlp(block, x)
 
 # %% ../nbs/19_vita.ipynb #56f5d9c3
-def _check_tower(tower: nn.Module) -> None:
+def _check_tower(tower: Any) -> None:
     if not isinstance(tower, VisionTransformer):
         raise DataError(f"Vita-CLIP prompts the blocks of open_clip's VisionTransformer, and this image tower is a {type(tower).__name__}: "
                         f"use a ViT, such as ViT-B-16-quickgelu")
@@ -103,6 +104,8 @@ def _check_tower(tower: nn.Module) -> None:
 # %% ../nbs/19_vita.ipynb #5f9a298c
 class VitaVision(nn.Module):
     "A frozen CLIP image tower with prompts in every block: a clip in, one vector out."
+
+    tower: Any  # no part of the module's state
 
     def __init__(self,
                  tower: VisionTransformer,
@@ -145,13 +148,15 @@ class VitaVision(nn.Module):
         clips, blocks = len(x), self.tower.transformer.resblocks
         x = self.embed(x)
         for block, prompts in zip(blocks, self.prompts):
-            arguments = block, prompts, x, clips, block is blocks[-1]
+            arguments: tuple[Any, ...] = block, prompts, x, clips, block is blocks[-1]
             x = checkpoint(_block, *arguments, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else _block(*arguments)
         return self.tower.ln_post(x[:, 0]).unflatten(0, (clips, -1)).mean(1) @ self.tower.proj
 
 # %% ../nbs/19_vita.ipynb #570dee1e
 class VitaCLIP(nn.Module):
     "Vita-CLIP: prompts in the image tower and in front of the class names (row Vita-CLIP of the tables)."
+
+    encoder: Encoder  # no part of the module's state
 
     def __init__(self,
                  encoder: Encoder,  # CLIP, frozen; no part of the module's state

@@ -52,7 +52,7 @@ def _become(wanted: dict, streams: list[int]) -> None:
     except SystemExit as end: code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     except BaseException: traceback.print_exc()
     finally:
-        for stream in (sys.stdout, sys.stderr): stream.flush()
+        for said in (sys.stdout, sys.stderr): said.flush()
         os._exit(code)
 
 
