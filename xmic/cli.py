@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from xmic.classes import ClassSet
     from xmic.recognizer import Recognition, Recognizer
 
-# %% ../nbs/40_cli.ipynb #2b4f233c
+# %% ../nbs/40_cli.ipynb #be2f81f0
 def _say(text: object) -> None:
     typer.echo(f"xmic: {text}", err=True)
 
@@ -39,7 +39,8 @@ class _Commands(TyperGroup):
             raise typer.Exit(1) from None
 
 
-app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings=dict(help_option_names=["-h", "--help"]))
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  context_settings=dict(help_option_names=["-h", "--help"]))
 
 
 def _version(asked: bool) -> None:
@@ -186,13 +187,14 @@ def _answers(recognizer: "Recognizer", video: str, ask: dict, every: Optional[fl
     with open_stream(video, fps) as (rate, frames):
         yield from recognizer.stream(frames, rate, **ask, every=every)
 
-# %% ../nbs/40_cli.ipynb #c8f63277
+# %% ../nbs/40_cli.ipynb #d795840e
 @app.command(no_args_is_help=True)
 def predict(
     video: list[str] = typer.Argument(help="Videos, folders of videos, or streams: an address, /dev/video0, - for the standard input."),
     nouns: Optional[str] = typer.Option(None, help="Nouns that compete: a file with one a line or an official class list, or names with commas."),
     verbs: Optional[str] = typer.Option(None, help="Verbs that compete, the same way."),
-    model: list[str] = typer.Option([], "--model", "-m", help="Folder of a run or of a saved recognizer, or an id on the Hugging Face Hub; twice for a noun run and a verb run."),
+    model: list[str] = typer.Option([], "--model", "-m", help="Folder of a run or of a saved recognizer, or an id on the Hugging Face Hub; "
+                                    "twice for a noun run and a verb run."),
     encoder: Optional[str] = typer.Option(None, help="In place of a model: a CLIP that recognises zero-shot, such as ViT-B-16-quickgelu."),
     weights: Optional[str] = typer.Option(None, help="Of the encoder: a pretrained tag, a file, or random."),
     top: int = typer.Option(5, min=1, help="How many names of each kind."),

@@ -35,7 +35,7 @@ def hands_box(
     box = union_box(hands, (), 0.0, 0.0)
     return box and on_frame(box, (1, 1), width, height)
 
-# %% ../nbs/42_detectors.ipynb #8b0e9459
+# %% ../nbs/42_detectors.ipynb #83ff7806
 def _mediapipe() -> Any:
     try:
         return import_module("mediapipe")
@@ -64,7 +64,8 @@ class MediaPipeHands:
         try:
             self.landmarker = tasks.vision.HandLandmarker.create_from_options(options)
         except (OSError, RuntimeError, ValueError) as e:
-            raise DataError(f"{path}: MediaPipe cannot use it as its hand model ({brief(str(e), 200)}); it may be cut short: download {HAND_MODEL} again") from None
+            raise DataError(f"{path}: MediaPipe cannot use it as its hand model ({brief(str(e), 200)}); it may be cut short: "
+                            f"download {HAND_MODEL} again") from None
 
     def __call__(self,
                  frames: np.ndarray,  # (N, H, W, 3) uint8, RGB

@@ -295,7 +295,7 @@ def _portable(config: TrainConfig) -> dict:
     roots = {name: root for name, root in config.target_roots.items() if not Path(root).is_absolute()}
     return asdict(config) | places | kept | dict(target_roots=roots)
 
-# %% ../nbs/27_recognizer.ipynb #2b66cdae
+# %% ../nbs/27_recognizer.ipynb #6ef82447
 _DATA = {"epic": ("EPIC-KITCHENS-100", "CC BY-NC 4.0"), "egtea": ("EGTEA Gaze+", "research use; the owners state no more"),
          "ego4d": ("Ego4D v2, Forecasting Hands and Objects", "Ego4D licence agreement; neither annotations nor videos may be passed on"),
          "csv": ("videos of the owner's", "as their owner says")}
@@ -309,7 +309,7 @@ def _rendered(config: TrainConfig) -> bool:
 
 
 def _data(config: TrainConfig, dataset: str) -> str:
-    return f"{_DATA[dataset][0]}{' (rendered, in its formats)' if _rendered(config) else ''}"
+    return f"videos rendered by xmic, in the formats of {_DATA[dataset][0]}" if _rendered(config) else _DATA[dataset][0]
 
 
 def _results(config: TrainConfig, kind: str, known: dict) -> list[dict]:
@@ -320,17 +320,18 @@ def _results(config: TrainConfig, kind: str, known: dict) -> list[dict]:
             values = {name: f"{value['value']:.1f} ({value['count']:,})" for name, value in kinds.get(kind, {}).items()}
             if "top1" in values:
                 top1 = kinds[kind]["top1"]
-                rows.append(dict(names=f"{kind}s", dataset=_data(config, dataset) + (", trained on" if dataset == config.dataset else ""), top1=values["top1"],
+                rows.append(dict(names=f"{kind}s", key=("xmic-rendered-" if _rendered(config) else "") + dataset, dataset=_data(config, dataset),
+                                 place=_data(config, dataset) + " (trained on its training split)" * (dataset == config.dataset), top1=values["top1"],
                                  interval=f"{top1['low']:.1f} to {top1['high']:.1f}" if "low" in top1 else "", top5=values.get("top5", ""),
                                  shared=values.get("shared", ""), novel=values.get("novel", ""), value=float(top1["value"])))
         return rows
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise DataError(f"the numbers measured for {kind}s are damaged ({type(e).__name__}: {e}); take the run's folder anew") from None
 
-# %% ../nbs/27_recognizer.ipynb #9c811bc3
+# %% ../nbs/27_recognizer.ipynb #5dd13758
 def _card_header(name: str, adapters: dict[str, TrainConfig], rows: list[dict], license: str) -> str:
     "The Hub's metadata, YAML between two lines."
-    measured = [EvalResult(task_type="video-classification", dataset_type=row["dataset"].split(",")[0].lower().replace(" ", "-"), dataset_name=row["dataset"],
+    measured = [EvalResult(task_type="video-classification", dataset_type=row["key"], dataset_name=row["dataset"],
                            metric_type="accuracy", metric_value=round(row["value"], 2), metric_name=f"top-1 of {row['names']}") for row in rows]
     tags = ["egocentric-video", "action-recognition", "clip", *sorted({c.method.replace("_", "-") for c in adapters.values()})]
     data = ModelCardData(license=license, library_name="xmic", pipeline_tag="video-classification", tags=tags,
@@ -340,23 +341,26 @@ def _card_header(name: str, adapters: dict[str, TrainConfig], rows: list[dict], 
 
 def _training(kind: str, c: TrainConfig, known: dict) -> str:
     encoder = f"{c.encoder}" + (f" ({Path(c.weights).name})" if c.weights else "") + (f", the adapter reads {c.context_encoder}" if c.context_encoder else "")
-    recipe = f"recipe `{c.recipe}`: {c.optimizer}, learning rate {c.lr:g}, {c.epochs} epochs with {c.warmup_epochs} of warm-up, batches of {c.batch_size}, seed {c.seed}"
+    recipe = (f"recipe `{c.recipe}`: {c.optimizer}, learning rate {c.lr:g}, {c.epochs} epochs with {c.warmup_epochs} of warm-up, "
+              f"batches of {c.batch_size}, seed {c.seed}")
     frames = f"{c.frames} frames of each segment, classified by the {c.classified_view} view" + (
         f", conditioned on {' and '.join(c.context_views)}" if c.method in CONDITIONED else "")
     versions = ", ".join(f"{n} {v}" for n, v in known.get("versions", {}).items() if v) if isinstance(known.get("versions"), dict) else ""
     parameters = f", {known['parameters']:,} parameters" if isinstance(known.get("parameters"), int) else ""
-    return (f"- **{kind}s**: {_METHODS[c.method]}{parameters}, trained on {_data(c, c.dataset)}. Encoder {encoder}; prompts `{c.template}`; {frames}; {recipe}; "
-            f"the epoch kept is chosen by: {c.selection}." + (f" Run `{c.name}`" if c.name else "") + (f" ({versions})." if versions else "." if c.name else ""))
+    return (f"- **{kind}s**: {_METHODS[c.method]}{parameters}, trained on {_data(c, c.dataset)}. Encoder {encoder}; prompts `{c.template}`; "
+            f"{frames}; {recipe}; model selection: {c.selection}." + (
+                f" Run `{c.name}`" if c.name else "") + (f" ({versions})." if versions else "." * bool(c.name)))
 
 
 def _table(rows: list[dict]) -> str:
-    columns = dict(names="names", dataset="tested on", top1="top-1 % (segments)", interval="95 % interval", top5="top-5 %", shared="shared classes", novel="novel classes")
+    columns = dict(names="names", place="tested on", top1="top-1 % (segments)", interval="95 % interval", top5="top-5 %",
+                   shared="shared classes", novel="novel classes")
     lines = [columns.values(), ["---"] * len(columns), *([str(row[c]) for c in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-# %% ../nbs/27_recognizer.ipynb #0e7827eb
-_LIMITS = """- It says which of the listed names fits best, never that none does: scores are shares among the names that were given, and another list gives other scores.
-- Hands and what they hold are what it was trained to look at. Boxes of them can be given or detected; without them whole frames stand in, which is not what it was trained on.
+# %% ../nbs/27_recognizer.ipynb #0275f544
+_LIMITS = """- It says which of the listed names fits best, never that none does: scores are shares among the listed names, and another list gives others.
+- It was trained to look at hands and what they hold. Boxes of them can be given or detected; without them it is given whole frames.
 - It looks at few frames of a stretch, evenly spread. What happens between them, or in a small part of a long stretch, is missed.
 - Names that were not trained on are recognised through the frozen encoder's text tower; how well, the column "novel" says where it was measured."""
 
@@ -366,27 +370,28 @@ def _card(name: str, encoder: Encoder, adapters: dict[str, TrainConfig], known: 
     rows = [row for kind, c in adapters.items() for row in _results(c, kind, known.get(kind, {}))]
     silent = [kind for kind, c in adapters.items() if not _results(c, kind, known.get(kind, {}))]
     rendered, kinds = any(map(_rendered, adapters.values())), " and ".join(f"{kind}s" for kind in adapters)
-    numbers = [_table(rows), "Accuracies in per cent, in brackets the segments they were counted on. Shared classes were trained on under the same name, novel ones were not; "
-               "each of the two is counted among its own classes alone."] * bool(rows)
+    numbers = [_table(rows), "Accuracies in per cent, in brackets the segments they were counted on. Shared classes were trained on under the same name, "
+               "novel ones were not; each of the two is counted among its own classes alone."] * bool(rows)
     numbers += [f"Nothing is known of the accuracy on {kind}s: the run left no numbers." for kind in silent]
     terms = sorted({f"{_DATA[c.dataset][0]}: {_DATA[c.dataset][1]}." for c in adapters.values() if not _rendered(c)})
     return "\n\n".join([
         _card_header(name, adapters, rows, license), f"# {name}",
-        f"Adapters that recognise {kinds} in first-person video, for [xmic](https://github.com/xmic/xmic). They move the class names of a frozen CLIP towards what is seen; "
-        "the list of names is yours." * bool(adapters) + f"Zero-shot recognition with {encoder.name}, without an adapter." * (not adapters),
+        f"Adapters that recognise {kinds} in first-person video, for [xmic](https://github.com/xmic/xmic). "
+        "They move the class names of a frozen CLIP towards what is seen; the list of names is yours.",
         "## Use", f'```python\nfrom xmic.recognizer import Recognizer\n\nrecognizer = Recognizer.from_pretrained("{name}")\n'
         'recognizer.predict("kitchen.mp4", nouns=["pan", "knife", "tap"], verbs=["take", "put", "wash"])\n```',
         f"```sh\nxmic predict kitchen.mp4 --model {name} --nouns nouns.txt --verbs verbs.txt\n```",
         f"The encoder, {encoder.name} ({encoder.weights}), is not in this folder: it is loaded by its name.",
-        "## Training", *(["\n".join(_training(kind, c, known.get(kind, {})) for kind, c in adapters.items())] if adapters else ["None."]), *([made] if made else []),
+        "## Training", "\n".join(_training(kind, c, known.get(kind, {})) for kind, c in adapters.items()), *([made] if made else []),
         "## Numbers", *(numbers or ["None were measured."]),
         *(["The videos were rendered by the kit itself. The numbers are about the kit, and say nothing of real videos."] * rendered),
         "## Limits", _LIMITS + "\n- Trained on rendered videos of a few shapes: with real videos its answers mean nothing." * rendered,
-        "## Licence", " ".join([f"The adapters: {license}." if license != "other" else "The adapters were trained on data that have terms of their own, which bind those who use them.",
+        "## Licence", " ".join([f"The adapters: {license}." if license != "other" else
+                                "The adapters were trained on data that have terms of their own, which bind those who use them.",
                                 *terms, "The encoder's weights have their own licence."])]) + "\n"
 
-# %% ../nbs/27_recognizer.ipynb #6b9ee973
-def _notes(boxes: list[Box | None], origin: str, zero_shot: list[str], encoder: Encoder) -> list[str]:
+# %% ../nbs/27_recognizer.ipynb #122d45c8
+def _notes(boxes: list[Box | None], origin: str, zero_shot: list[str], encoder: Encoder, rendered: bool) -> list[str]:
     boxed = sum(box is not None for box in boxes)
     if boxed: notes = [f"hand crops in {boxed} of {len(boxes)} frames, {origin}"]
     elif origin == "as given": notes = ["no hand boxes for these frames among those given: whole frames in place of hand crops"]
@@ -395,9 +400,11 @@ def _notes(boxes: list[Box | None], origin: str, zero_shot: list[str], encoder: 
     notes += [f"{kind}s without a trained adapter: zero-shot" for kind in zero_shot]
     if encoder.weights == "random":
         notes.append("RANDOM encoder weights: the answer means nothing")
+    if rendered:
+        notes.append("trained on rendered videos: of a real one the answer means nothing")
     return notes
 
-# %% ../nbs/27_recognizer.ipynb #e30f33be
+# %% ../nbs/27_recognizer.ipynb #4f570a4d
 class Recognizer:
     "A frozen CLIP with trained adapters, for videos and class lists of any kind."
 
@@ -416,7 +423,7 @@ class Recognizer:
 
     @classmethod
     def from_pretrained(cls,
-                        folder: str | Path | Sequence[str | Path],  # of a finished run, one that `save_pretrained` wrote, a model's id on the Hub, or several of these
+                        folder: str | Path | Sequence[str | Path],  # of a run, or saved by `save_pretrained`, or an id on the Hub; or several of these
                         device: str | None = None,  # None: a GPU where there is one
                         weights: str | None = None,  # of the encoder, if the file named in the config lies elsewhere now
                        ) -> "Recognizer":
@@ -481,15 +488,15 @@ class Recognizer:
                    ) -> str:  # the model's address
         "Makes a model on the Hugging Face Hub of what `save_pretrained` writes. `DataError` if the Hub refuses, or cannot be reached."
         with tempfile.TemporaryDirectory() as folder:
-            named = {kind: replace(c, weights=Path(c.weights).name if c.weights and Path(c.weights).is_absolute() else c.weights) for kind, c in self.configs.items()}
+            named = {kind: replace(c, weights=c.weights and Path(c.weights).name) for kind, c in self.configs.items()}
             Recognizer(self.encoder, self.methods, named, self.context, self.metrics).save_pretrained(folder, license, made, repo_id)
             try:
                 api = huggingface_hub.HfApi(token=token)
                 address = api.create_repo(repo_id, private=private, exist_ok=True)
                 api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
             except Exception as e:
-                raise DataError(f"{repo_id} could not be written on the Hub ({type(e).__name__}: {brief(' '.join(str(e).split()), 300)}): log in (hf auth login), "
-                                "and check the name, the rights and the network (HF_HUB_OFFLINE must not be set)") from None
+                raise DataError(f"{repo_id} could not be written on the Hub ({type(e).__name__}: {brief(' '.join(str(e).split()), 300)}): "
+                                "log in (hf auth login), and check the name, the rights and the network (HF_HUB_OFFLINE must not be set)") from None
         return str(address)
 
     def predict(self,
@@ -535,7 +542,7 @@ class Recognizer:
                every: float = 2.0,  # seconds of each stretch
                boxes: HandDetector | None = None,
               ) -> Iterator[Recognition]:
-        "Recognises stretches of an endless stream as they come; of each it holds the frames that are looked at. What is left at its end counts if it is half a stretch."
+        "Recognises stretches of a stream as they come; in memory are the frames that are looked at. What is left at the end counts from half a stretch on."
         classes = self._checked(nouns, verbs, top)
         if not (fps > 0 and every > 0) or hasattr(boxes, "box"):
             raise DataError(f"a stream needs frames per second and seconds above 0, not {fps!r} and {every!r}, and finds hands by a detector or not at all")
@@ -553,7 +560,8 @@ class Recognizer:
         "How many frames are looked at: nouns and verbs may have been trained with different numbers."
         return {self._config(kind).frames for kind in classes}
 
-    def _read(self, video: str | Path, stretches: list, classes: dict[str, ClassSet], top: int, boxes: Any, info: VideoInfo, backend: str) -> Iterator[Recognition]:
+    def _read(self, video: str | Path, stretches: list, classes: dict[str, ClassSet], top: int, boxes: Any, info: VideoInfo,
+              backend: str) -> Iterator[Recognition]:
         wanted = [np.unique(np.concatenate(list(looked.values()))) for _, looked in stretches]
         images: dict[int, np.ndarray] = {}
         done = 0
@@ -597,7 +605,8 @@ class Recognizer:
             tables[kind] = pd.DataFrame(dict(name=[names.names[i] for i in best], score=adapted[best], zero_shot=without[best]))
             plain[kind] = pd.DataFrame(dict(name=[names.names[i] for i in other], score=without[other]))
         first = frames[self._config(next(iter(classes))).frames]
-        notes = _notes(first.boxes, _origin(boxes), [kind for kind in classes if kind not in self.methods], self.encoder)
+        notes = _notes(first.boxes, _origin(boxes), [kind for kind in classes if kind not in self.methods], self.encoder,
+                       any(_rendered(self.configs[kind]) for kind in classes if kind in self.methods))
         methods = {kind: self._config(kind).method if kind in self.methods else "zero_shot" for kind in classes}
         return Recognition(tables.get("noun"), tables.get("verb"), segment.start_sec, segment.stop_sec, first.numbers, notes, first.boxes, methods, plain,
                            first.picture())

@@ -26,7 +26,7 @@ from .hands import HandBoxes, HandDetector
 from .recognizer import Recognition, Recognizer
 from .video import VideoError, frame_times, iter_frames, probe
 
-# %% ../nbs/41_timeline.ipynb #fe2b61ec
+# %% ../nbs/41_timeline.ipynb #d812fb43
 @dataclass
 class Timeline:
     "The answers to consecutive stretches of one video."
@@ -41,7 +41,7 @@ class Timeline:
             tables = dict(verb=a.verbs, noun=a.nouns, action=None if a.verbs is None or a.nouns is None else
                           a.actions.assign(name=lambda t: t.verb + " " + t.noun))
             rows += [dict(start=a.start, stop=a.stop, kind=kind, rank=rank, name=r.name, score=r.score, zero_shot=r.zero_shot)
-                     for kind, table in tables.items() if table is not None for rank, r in enumerate(table[["name", "score", "zero_shot"]].itertuples(index=False), 1)]
+                     for kind, table in tables.items() if table is not None for rank, r in enumerate(table.itertuples(index=False), 1)]
         return pd.DataFrame(rows, columns=["start", "stop", "kind", "rank", "name", "score", "zero_shot"])
 
     @property
@@ -82,10 +82,12 @@ def timeline(
     "Recognises a video stretch by stretch; each frame is decoded once."
     return Timeline(str(video), list(recognizer.predict_along(video, nouns, verbs, top, every, start, stop, boxes, backend)))
 
-# %% ../nbs/41_timeline.ipynb #f6b8463e
+# %% ../nbs/41_timeline.ipynb #3bb33fd4
 _STYLE = """
-:root { color-scheme: light dark; --back: #f6f6f4; --card: #fff; --text: #1c1d1f; --faint: #62656b; --line: #dedfe2; --bar: #b9d7cf; --plain: #d9dadd; --accent: #0b6e5f; }
-@media (prefers-color-scheme: dark) { :root { --back: #141517; --card: #1e2023; --text: #e8e9eb; --faint: #a0a4ab; --line: #33363b; --bar: #1f5a50; --plain: #3d4147; --accent: #6fd0bd; } }
+:root { color-scheme: light dark; --back: #f6f6f4; --card: #fff; --text: #1c1d1f; --faint: #62656b;
+  --line: #dedfe2; --bar: #b9d7cf; --plain: #d9dadd; --accent: #0b6e5f; }
+@media (prefers-color-scheme: dark) { :root { --back: #141517; --card: #1e2023; --text: #e8e9eb; --faint: #a0a4ab;
+  --line: #33363b; --bar: #1f5a50; --plain: #3d4147; --accent: #6fd0bd; } }
 * { box-sizing: border-box; }
 body { margin: 0; padding: 24px 16px; background: var(--back); color: var(--text); font: 15px/1.4 system-ui, sans-serif; }
 main { max-width: 1160px; margin: auto; }
@@ -93,17 +95,19 @@ h1 { font-size: 22px; margin: 0 0 4px; overflow-wrap: anywhere; }
 .notes { color: var(--faint); margin: 0 0 16px; padding: 0; list-style: none; }
 .warn { color: #b3261e; font-weight: 600; }
 @media (prefers-color-scheme: dark) { .warn { color: #ff8a80; } }
-article { display: grid; grid-template-columns: 220px 1fr; gap: 8px 18px; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px; margin: 0 0 10px; }
+article { display: grid; grid-template-columns: 220px 1fr; gap: 8px 18px;
+  background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px; margin: 0 0 10px; }
 article img { width: 220px; max-height: 180px; object-fit: contain; border-radius: 4px; display: block; background: #000; }
 .time { color: var(--faint); font-variant-numeric: tabular-nums; font-size: 13px; margin-top: 4px; }
 .best { font-size: 17px; font-weight: 600; color: var(--accent); margin: 0 0 6px; overflow-wrap: anywhere; }
-.lists { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 10px 16px; }
+.lists { display: grid; grid-template-columns: repeat(2, 1fr); gap: 10px 16px; }
+@media (min-width: 1000px) { .lists { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); } }
 h2 { font-size: 12px; font-weight: 600; color: var(--faint); margin: 0 0 3px; }
 ol { list-style: none; margin: 0; padding: 0; }
 ol li { display: flex; justify-content: space-between; gap: 8px; padding: 1px 6px; margin: 2px 0; border-radius: 3px; font-size: 13.5px;
   background: linear-gradient(to right, var(--fill) var(--share), transparent var(--share)); }
 ol li span:first-child { overflow-wrap: anywhere; }
-ol li span:last-child { font-variant-numeric: tabular-nums; color: var(--faint); white-space: nowrap; }
+ol li span:last-child { font-variant-numeric: tabular-nums; white-space: nowrap; }
 @media (max-width: 560px) { article { grid-template-columns: 1fr; } article img { width: 100%; max-height: none; } }
 """
 _NAMED = {"xmic": "X-MIC", "zero_shot": "zero-shot"}
@@ -139,14 +143,14 @@ def _card(answer: Recognition) -> str:
 
 
 def _page(line: Timeline) -> str:
-    notes = "".join(f'<li{" class=warn" if "RANDOM" in note else ""}>{html.escape(note)}</li>' for note in line.notes)
+    notes = "".join(f'<li{" class=warn" if "means nothing" in note else ""}>{html.escape(note)}</li>' for note in line.notes)
     name, end = html.escape(Path(line.video).name), line.answers[-1].stop if line.answers else 0.0
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{name}</title><style>{_STYLE}</style></head>\n<body><main><h1>{name}</h1>"
             f'<ul class="notes"><li>{len(line.answers)} stretches to {_clock(end)} s; '
             f"scores are shares among the listed names</li>{notes}</ul>\n" + "\n".join(map(_card, line.answers)) + "\n</main></body></html>\n")
 
-# %% ../nbs/41_timeline.ipynb #52e12972
+# %% ../nbs/41_timeline.ipynb #e746df6d
 def _codec() -> str:
     return next(name for name in ("libx264", "h264", "mpeg4") if name == "mpeg4" or _can_encode(name))
 
@@ -164,7 +168,7 @@ def _lines(answer: Recognition) -> list[str]:
             for kind, table in (("verb", answer.verbs), ("noun", answer.nouns)) if table is not None]
     if answer.verbs is not None and answer.nouns is not None:
         said.insert(0, f"{answer.actions.verb[0]} {answer.actions.noun[0]}  {answer.actions.score[0]:.0f} %")
-    return said + [note for note in answer.notes if "RANDOM" in note]
+    return said + [note for note in answer.notes if "means nothing" in note]
 
 
 def _drawn(
@@ -181,8 +185,9 @@ def _drawn(
     top = picture.height - step * len(lines) - size // 2
     pen.rectangle((0, top, picture.width, picture.height), fill=(0, 0, 0, 165))
     for place, line in enumerate(lines):
-        small = ImageFont.load_default(max(8, size * picture.width // max(1, int(font.getlength(line)) + size))) if font.getlength(line) > picture.width - size else font
-        pen.text((size // 2, top + size // 4 + place * step), line, fill=(255, 255, 255, 255) if place else (255, 214, 102, 255), font=small)
+        fits = min(1.0, (picture.width - size) / max(1.0, font.getlength(line)))
+        pen.text((size // 2, top + size // 4 + place * step), line, fill=(255, 255, 255, 255) if place else (255, 214, 102, 255),
+                 font=font if fits == 1 else ImageFont.load_default(max(8, int(size * fits))))
     return np.asarray(picture)
 
 
