@@ -131,7 +131,7 @@ def _boxes(given: Optional[str], gap: int, detector: Optional[str], model: Optio
         return create_detector(detector, model)
     return None
 
-# %% ../nbs/40_cli.ipynb #00104b02
+# %% ../nbs/40_cli.ipynb #9305e29d
 def _cell(table: Any, rank: int, width: int, column: str = "name") -> str:
     if table is None or rank >= len(table): return " " * (width + 6)
     name = str(table[column][rank])
@@ -155,7 +155,7 @@ def _columns(answer: "Recognition") -> list[tuple[str, Any]]:
 def _rows(answer: "Recognition", first: bool) -> str:
     "The text for one stretch; above the first there is a header."
     columns = _columns(answer)
-    widths = [22 if title == "action" else 16 for title, _ in columns]
+    widths = [22 if title == "action" else 15 for title, _ in columns]
     lines = []
     if first: lines.append("  ".join([f"{'seconds':<15}", *(f"{title:<{width + 6}}" for (title, _), width in zip(columns, widths))]).rstrip())
     for rank in range(max(len(table) for title, table in columns if title != "action")):

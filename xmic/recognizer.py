@@ -152,7 +152,7 @@ class _Texts:
             warnings.warn(f"text features are not kept: {e}", stacklevel=5)
             return embed_prompts(self.encoder, names, template)
 
-# %% ../nbs/27_recognizer.ipynb #0390578e
+# %% ../nbs/27_recognizer.ipynb #5fe58340
 def _stretch(video: str | Path, info: VideoInfo, start: float | None, stop: float | None) -> SimpleNamespace:
     "The stretch as a segment; `DataError` if the video has no such stretch."
     begin, end = 0.0 if start is None else start, info.duration if stop is None else stop
@@ -172,7 +172,7 @@ def _cut(whole: SimpleNamespace, info: VideoInfo, every: float | None) -> list[S
         raise DataError(f"every={every!r}: stretches have a length above 0 seconds")
     length = whole.stop_sec - whole.start_sec
     count = 1 if every is None else max(1, int(length / every + 0.5))
-    edges = [whole.start_sec + i * (every or 0) for i in range(count)] + [whole.stop_sec]
+    edges = [whole.start_sec, *(round(whole.start_sec + i * every, 6) for i in range(1, count)), whole.stop_sec]
     return [_segment(whole.video_id, info, a, b) for a, b in zip(edges, edges[1:])]
 
 # %% ../nbs/27_recognizer.ipynb #2fc0d1f9
@@ -286,7 +286,12 @@ def _measured(folder: Path, kinds: Iterable[str]) -> dict[str, dict]:
     known = {name: metrics[name] for name in ("results", "harmonic_means", "selection", "parameters", "seed") if name in metrics}
     return {kind: dict(known, versions={n: versions.get(n) for n in ("xmic", "commit", "torch", "device")}) for kind in kinds}
 
-# %% ../nbs/27_recognizer.ipynb #33449209
+# %% ../nbs/27_recognizer.ipynb #64cac92b
+def _name(weights: str | None) -> str | None:
+    "A pretrained tag as it is, a file without its folder."
+    return weights and Path(weights).name
+
+
 def _portable(config: TrainConfig) -> dict:
     "A config without the folders of the machine it was made on."
     kept = {name: value for name in ("data_root", "features_root", "runs_root") if (value := getattr(config, name)) and not Path(value).is_absolute()}
@@ -404,7 +409,7 @@ def _notes(boxes: list[Box | None], origin: str, zero_shot: list[str], encoder: 
         notes.append("trained on rendered videos: of a real one the answer means nothing")
     return notes
 
-# %% ../nbs/27_recognizer.ipynb #4f570a4d
+# %% ../nbs/27_recognizer.ipynb #f04e76de
 class Recognizer:
     "A frozen CLIP with trained adapters, for videos and class lists of any kind."
 
@@ -488,7 +493,7 @@ class Recognizer:
                    ) -> str:  # the model's address
         "Makes a model on the Hugging Face Hub of what `save_pretrained` writes. `DataError` if the Hub refuses, or cannot be reached."
         with tempfile.TemporaryDirectory() as folder:
-            named = {kind: replace(c, weights=c.weights and Path(c.weights).name) for kind, c in self.configs.items()}
+            named = {kind: replace(c, weights=_name(c.weights), context_weights=_name(c.context_weights)) for kind, c in self.configs.items()}
             Recognizer(self.encoder, self.methods, named, self.context, self.metrics).save_pretrained(folder, license, made, repo_id)
             try:
                 api = huggingface_hub.HfApi(token=token)

@@ -150,7 +150,7 @@ def _page(line: Timeline) -> str:
             f'<ul class="notes"><li>{len(line.answers)} stretches to {_clock(end)} s; '
             f"scores are shares among the listed names</li>{notes}</ul>\n" + "\n".join(map(_card, line.answers)) + "\n</main></body></html>\n")
 
-# %% ../nbs/41_timeline.ipynb #e746df6d
+# %% ../nbs/41_timeline.ipynb #e81209c3
 def _codec() -> str:
     return next(name for name in ("libx264", "h264", "mpeg4") if name == "mpeg4" or _can_encode(name))
 
@@ -205,13 +205,13 @@ def _annotate(line: Timeline, path: str | Path, backend: str) -> None:
     with whole_file(path) as part, av.open(str(part), "w", format="mp4") as container:
         stream = container.add_stream(_codec(), rate=Fraction(info.fps).limit_denominator(1001))
         stream.pix_fmt, done = "yuv420p", 0
-        stream.codec_context.time_base = Fraction(1, 90_000)
+        stream.codec_context.time_base = Fraction(1, 60_000)
         for numbers, images in iter_frames(line.video, shown, 16, backend):
             for number, image in zip(numbers.tolist(), images):
                 image = image[:image.shape[0] // 2 * 2, :image.shape[1] // 2 * 2]
                 if not done: stream.width, stream.height = image.shape[1], image.shape[0]
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(_drawn(image, line.answers[owner[done]], number)), format="rgb24")
-                frame.pts, frame.time_base = round((times[number] - times[shown[0]]) * 90_000), Fraction(1, 90_000)
+                frame.pts, frame.time_base = round((times[number] - times[shown[0]]) * 60_000), Fraction(1, 60_000)
                 container.mux(stream.encode(frame))
                 done += 1
         container.mux(stream.encode())
