@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from xmic.classes import ClassSet
     from xmic.recognizer import Recognition, Recognizer
 
-# %% ../nbs/40_cli.ipynb #be2f81f0
+# %% ../nbs/40_cli.ipynb #a0b275e3
 def _say(text: object) -> None:
     typer.echo(f"xmic: {text}", err=True)
 
@@ -39,7 +39,7 @@ class _Commands(TyperGroup):
             raise typer.Exit(1) from None
 
 
-app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   context_settings=dict(help_option_names=["-h", "--help"]))
 
 

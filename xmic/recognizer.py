@@ -409,7 +409,16 @@ def _notes(boxes: list[Box | None], origin: str, zero_shot: list[str], encoder: 
         notes.append("trained on rendered videos: of a real one the answer means nothing")
     return notes
 
-# %% ../nbs/27_recognizer.ipynb #f04e76de
+# %% ../nbs/27_recognizer.ipynb #279954ea
+def _best(
+    scores: np.ndarray,  # (C,)
+    top: int,
+) -> np.ndarray:  # places, the best first; of equals the first
+    least = np.partition(scores, -top)[-top] if top < len(scores) else -np.inf
+    places = np.flatnonzero(scores >= least)
+    return places[np.argsort(-scores[places], kind="stable")][:top]
+
+# %% ../nbs/27_recognizer.ipynb #4ca16bea
 class Recognizer:
     "A frozen CLIP with trained adapters, for videos and class lists of any kind."
 
@@ -606,7 +615,7 @@ class Recognizer:
         tables, plain = {}, {}
         for kind, names in classes.items():
             adapted, without = self._scores(kind, names, frames[self._config(kind).frames])
-            best, other = (np.argsort(-scores, kind="stable")[:top] for scores in (adapted, without))
+            best, other = (_best(scores, top) for scores in (adapted, without))
             tables[kind] = pd.DataFrame(dict(name=[names.names[i] for i in best], score=adapted[best], zero_shot=without[best]))
             plain[kind] = pd.DataFrame(dict(name=[names.names[i] for i in other], score=without[other]))
         first = frames[self._config(next(iter(classes))).frames]
