@@ -12,6 +12,7 @@ import open_clip
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from generated import link_official_files
@@ -56,7 +57,8 @@ def test_a_complete_world_has_no_problem_and_all_tables(mini, dataset):
     check = look(dataset, mini / dataset)
     assert check.ok and not check.of("warning") and str(check).startswith(f"{check.title}: all is well\n{mini / dataset}\n")
     counts = read_json(mini / "world.json")["datasets"][dataset]
-    assert check.facts["Annotations"]["nouns"] == counts["nouns"] and check.facts["Videos"]["there"] == check.facts["Videos"]["videos"] == {"egtea": 12}.get(dataset, 3)
+    assert check.facts["Annotations"]["nouns"] == counts["nouns"]
+    assert check.facts["Videos"]["there"] == check.facts["Videos"]["videos"] == {"egtea": 12}.get(dataset, 3)
     numbers = {"epic": "1 2 4 5 6 7 8 9", "ego4d": "1 2 3 4 5 6 7 8 9", "egtea": "3"}[dataset]
     (tables,) = check.of("good", "Tables")
     assert tables.text.split(":")[0].split(" ", 1)[1].replace(",", "") == numbers
@@ -77,7 +79,8 @@ def test_videos_that_are_missing_renamed_or_empty_are_told_apart(mini):
 
     Path(empty).write_bytes(whole)
     check = look("ego4d", root)
-    assert "2 of 3 are not there" in texts(check, "problem", "Videos") and f"{len(train)} of {len(train)} train segments (100.0%)" in texts(check, "problem", "Videos")
+    assert "2 of 3 are not there" in texts(check, "problem", "Videos")
+    assert f"{len(train)} of {len(train)} train segments (100.0%)" in texts(check, "problem", "Videos")
     (finding,) = check.of("problem", "Videos")
     assert "1 of them may be there under another name" in finding.todo and ".MP4.part" in finding.todo
     assert "no train segment has a video" in texts(check, "problem", "Tables")
@@ -112,7 +115,8 @@ def test_a_damaged_video_is_found_where_it_is_opened(mini):
 def test_a_thorough_look_opens_all_and_a_quick_one_the_smallest(own):
     for i in range(14): write_video(own / "videos" / f"w{i}.mp4", 30 + i)
     rows = pd.read_csv(own / "segments.csv")
-    more = [dict(segment_id=f"w{i}_0", video_id=f"w{i}", start_sec=0.0, stop_sec=9.0 if i == 13 else 1.0, verb="take", noun="pan", split="train") for i in range(14)]
+    more = [dict(segment_id=f"w{i}_0", video_id=f"w{i}", start_sec=0.0, stop_sec=9.0 if i == 13 else 1.0, verb="take", noun="pan", split="train")
+            for i in range(14)]
     pd.concat([rows, pd.DataFrame(more)]).to_csv(own / "segments.csv", index=False)
     (own / "hand_boxes.csv").unlink()
     (own / "videos" / "w12.mp4").write_bytes(np.random.default_rng(0).bytes(200_000))
@@ -123,7 +127,8 @@ def test_a_thorough_look_opens_all_and_a_quick_one_the_smallest(own):
     assert thorough.facts["Videos"]["behind_the_end"] == ["w13_0"]
 
 
-@pytest.mark.parametrize("dataset,name,split", [("epic", "EPIC_100_train.csv", "train"), ("ego4d", "fho_lta_val.json", "test"), ("egtea", "test_split2.txt", "test")])
+@pytest.mark.parametrize("dataset,name,split", [("epic", "EPIC_100_train.csv", "train"), ("ego4d", "fho_lta_val.json", "test"),
+                                                ("egtea", "test_split2.txt", "test")])
 def test_a_missing_list_says_which_tables_it_stops(mini, dataset, name, split):
     next((mini / dataset).rglob(name)).unlink()
     check = look(dataset, mini / dataset)
@@ -151,7 +156,8 @@ def test_rows_that_are_cut_are_counted(mini):
     assert "9 segments, rendered were 12" in texts(check, "warning", "Tables")
 
 
-@pytest.mark.parametrize("fault,words", [(lambda t: t.replace("start_sec", "start"), "no column start_sec"), (lambda t: t.replace(",", ";"), "separated by commas"),
+@pytest.mark.parametrize("fault,words", [(lambda t: t.replace("start_sec", "start"), "no column start_sec"),
+                                         (lambda t: t.replace(",", ";"), "separated by commas"),
                                          (lambda t: t.replace("v0_0", "v0_1"), "repeated"), (lambda t: t.encode("utf-16"), "UTF-16"),
                                          (lambda t: t.replace("pan", "crêpe").encode("latin1"), "UTF-8")])
 def test_own_lists_with_faults(own, fault, words):
@@ -179,7 +185,8 @@ def test_features_stand_in_for_videos(own):
     extract_dataset(settings)
     shutil.rmtree(own / "videos")
     check = look("csv", own)
-    assert "Not one of the 4 videos" in texts(check, "problem") and f"{TINY} (full and hand): 2 of 2 train, 6 of 6 test segments" in texts(check, "good", "Features")
+    assert "Not one of the 4 videos" in texts(check, "problem")
+    assert f"{TINY} (full and hand): 2 of 2 train, 6 of 6 test segments" in texts(check, "good", "Features")
 
 
 def test_tables_can_be_run_from_features_of_all_encoders(mini):
@@ -219,6 +226,11 @@ def test_detections_lie_as_the_official_download_leaves_them(mini):
     for person in {p.parent.name for p in root.glob("P*/hand-objects")}: (root / "hand-objects" / person).symlink_to(root / person / "hand-objects")
     check, linked = look("epic", root), hand_boxes(ExtractConfig("epic", data_root=str(root)))
     assert check.ok and check.facts["Hands"]["files"] == 3 and (before.place, linked.place) == (str(root), str(root / "hand-objects"))
+    shutil.rmtree(root / "hand-objects")
+    (root / "EPIC-KITCHENS").mkdir()
+    for person in root.glob("P*"): shutil.move(person, root / "EPIC-KITCHENS")
+    within = look("epic", root)
+    assert within.ok and not within.of("warning") and within.facts["Hands"]["files"] == within.facts["Videos"]["there"] == 3
     segment = read_segments("epic", root, "test").iloc[0]
     assert before.places(segment.video_id)[1] == root / segment.video_id[:3] / "hand-objects" / f"{segment.video_id}.pkl"
 
@@ -241,6 +253,30 @@ def test_the_two_videos_whose_first_detections_are_wrong(mini, rate, wrong):
     assert bool(found) is wrong and all("--errata" in f.todo for f in found)
 
 
+def test_detections_by_session_do_not_fit_clips(mini):
+    (mini / "egtea/hand_boxes.csv").unlink()
+    shutil.copytree(mini / "ego4d/100doh", mini / "egtea/100doh")
+    assert "detections by session" in texts(look("egtea", mini / "egtea"), "problem", "Hands")
+
+
+def test_frames_instead_of_videos(mini):
+    root = mini / "epic"
+    table = pd.concat([read_segments("epic", root, split) for split in ("train", "test")])
+    image = Image.fromarray(np.zeros((72, 128, 3), np.uint8))
+    for video, part in table.groupby("video_id"):
+        folder = root / video[:3] / "rgb_frames" / video
+        folder.mkdir(parents=True)
+        for n in range(1, part.stop_frame.max() + 1): image.save(folder / f"frame_{n:010d}.jpg")
+        shutil.rmtree(root / video[:3] / "videos")
+    check = look("epic", root)
+    assert check.ok and "3 of 3 folders of frames are there" in texts(check, "good", "Videos"), str(check)
+    (folder / "frame_0000000001.jpg").unlink()
+    assert "1 of 3 lack frames" in texts(look("epic", root), "problem", "Videos")
+    shutil.rmtree(folder)
+    folder.with_name(f"{folder.name}.tar").touch()
+    assert "unpack it into a folder of its name" in look("epic", root).of("problem", "Videos")[0].todo
+
+
 def boxes_of(root: Path, shift: int = 0, scale: float = 1.0, relative: bool = False, leave: int = 0) -> Path:
     "Boxes for every frame of the segments of `write_world`, at 25 a second."
     rows = []
@@ -254,7 +290,8 @@ def boxes_of(root: Path, shift: int = 0, scale: float = 1.0, relative: bool = Fa
 
 
 @pytest.mark.parametrize("settings,level,words", [
-    ({}, None, ""), (dict(shift=1), "problem", "one too high"), (dict(shift=-1), "problem", "one too low"), (dict(shift=70), "warning", "none on their own frames"),
+    ({}, None, ""), (dict(shift=1), "problem", "one too high"), (dict(shift=-1), "problem", "one too low"),
+    (dict(shift=70), "warning", "none on their own frames"),
     (dict(scale=3.0), "problem", "frames of another size"), (dict(scale=0.5), None, ""), (dict(leave=1), "problem", "v0_0, v0_1 have no box")])
 def test_ready_boxes(own, settings, level, words):
     place = boxes_of(own, **settings)
@@ -280,6 +317,17 @@ def test_boxes_of_another_dataset_and_beyond_the_frame(own):
     assert "names them like 'xv0_0', the dataset like 'v0_0'" in texts(look("csv", own), "problem", "Hands")
     (own / "segments.csv").rename(own.parent / "elsewhere.csv")
     with pytest.raises(DataError, match="--data"): check_data("boxes", own / "hand_boxes.csv")
+
+
+def test_costs_are_of_the_segments_that_are_there(mini):
+    root, test = mini / "epic", read_segments("epic", mini / "epic", "test")
+    for video in read_segments("epic", root, "train").video_path.unique(): os.unlink(video)
+    cost = look("epic", root, encoder="ViT-B-16-quickgelu", feature_fps=5.0).facts["Disk and GPU"]
+    (rate, there), = cost["ViT-B/16"].items()
+    hours = (test.stop_sec - test.start_sec).sum() / 3600
+    assert rate == "5 a second" and there["hours"] == pytest.approx(hours, abs=1e-3)
+    assert there["million rows"] == pytest.approx(hours * 3600 * 5 / 1e6, abs=1e-3) and there["GB"] <= 0.001
+    assert not {"ViT-L/14", "DINOv2 ViT-L/14"} & cost.keys() and cost["needed_GB"] < cost["free_GB"]
 
 
 def test_official_boxes_of_epic_count_from_1_at_the_official_rate_in_two_files(mini):
@@ -308,7 +356,8 @@ def test_each_kind_of_weight_file(tmp_path, tiny):
     save_file(state, tmp_path / "a.safetensors")
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "b.pt")
     check = check_data("weights", tmp_path, encoder=TINY)
-    assert check.ok and check.facts["a.safetensors"] == dict(bytes=(tmp_path / "a.safetensors").stat().st_size, format="safetensors", tensors=len(state), fits=TINY)
+    size = (tmp_path / "a.safetensors").stat().st_size
+    assert check.ok and check.facts["a.safetensors"] == dict(bytes=size, format="safetensors", tensors=len(state), fits=TINY)
     assert check.facts["b.pt"]["format"] == "PyTorch state dict" and TINY in fitting_encoders(state)
 
 
@@ -325,7 +374,8 @@ def test_weights_that_are_damaged_wrong_or_could_run_code(tmp_path, tiny):
     torch.save({"state_dict": state, "hook": os.getcwd}, tmp_path / "code.pt")
     check = check_data("weights", tmp_path)
     wrong = {f.section: f.text for f in check.of("problem")}
-    for name, words in {"cut.safetensors": "Refused", "nan.safetensors": "not finite", "lacks.safetensors": "missing: ln_final.weight", "other.safetensors": "no encoder",
+    for name, words in {"cut.safetensors": "Refused", "nan.safetensors": "not finite", "lacks.safetensors": "missing: ln_final.weight",
+                        "other.safetensors": "no encoder",
                         "page.pt": "a web page", "pointer.pt": "Git LFS", "empty.pt": "empty", "code.pt": "nothing in it was run"}.items():
         assert words in wrong.pop(name), name
     assert not wrong
@@ -333,7 +383,8 @@ def test_weights_that_are_damaged_wrong_or_could_run_code(tmp_path, tiny):
 
 def test_the_kits_own_weights_and_a_checkpoint_of_lavila(tmp_path):
     check = check_data("weights", ROOT / "data/mini/weights")
-    assert check.ok and {s: f["fits"] for s, f in check.facts.items()} == {f"{n}.safetensors": n for n in ("mini-clip", "mini-clip-large", "mini-dino", "mini-lavila")}
+    names = ("mini-clip", "mini-clip-large", "mini-dino", "mini-lavila")
+    assert check.ok and {s: f["fits"] for s, f in check.facts.items()} == {f"{n}.safetensors": n for n in names}
     torch.save({"epoch": 5, "state_dict": {"module.visual.temporal_embed": torch.zeros(1, 4, 768), "module.visual.cls_token": torch.zeros(1, 1, 768)},
                 "args": Namespace(model="x")}, tmp_path / "checkpoint.pt")
     check = check_data("weights", tmp_path / "checkpoint.pt")
@@ -343,7 +394,8 @@ def test_the_kits_own_weights_and_a_checkpoint_of_lavila(tmp_path):
 
 def test_shapes_tell_the_encoders_of_the_paper():
     for name in ("ViT-B-16", "ViT-L-14"):
-        with torch.device("meta"): model = open_clip.CLIP(**{k: v for k, v in open_clip.get_model_config(name).items() if k in ("embed_dim", "vision_cfg", "text_cfg")})
+        config = open_clip.get_model_config(name)
+        with torch.device("meta"): model = open_clip.CLIP(**{k: config[k] for k in ("embed_dim", "vision_cfg", "text_cfg")})
         names = fitting_encoders(model.state_dict())
         assert name in names and f"{name}-quickgelu" in names and all(n.startswith(name) for n in names)
         openai = fitting_encoders(model.state_dict() | dict.fromkeys(("input_resolution", "context_length", "vocab_size")))
@@ -359,10 +411,12 @@ def test_the_official_annotations_without_videos(shared_data, tmp_path):
     check = look("epic", tmp_path / "epic")
     assert time.perf_counter() - begin < 30
     facts = check.facts["Annotations"]
-    assert [facts[s][k] for s in ("train", "test") for k in ("segments", "videos")] == [67_217, 495, 9_668, 138] and (facts["nouns"], facts["verbs"]) == (300, 97)
+    assert [facts[s][k] for s in ("train", "test") for k in ("segments", "videos")] == [67_217, 495, 9_668, 138]
+    assert (facts["nouns"], facts["verbs"]) == (300, 97)
     assert not check.of("problem", "Annotations") and "EPIC_100_train.csv is not, byte for byte" in texts(check, "warning")  # a substitute: data.md
     assert "Not one of the 633 videos" in texts(check, "problem") and not check.of("good", "Tables")
-    assert "From features alone" in texts(check, "note", "Tables") and check.facts["Disk and GPU"]["ViT-B/16"]["every frame"]["hours"] == pytest.approx(68.1, abs=0.1)
+    assert "From features alone" in texts(check, "note", "Tables")
+    assert check.facts["Disk and GPU"]["ViT-B/16"]["every frame"]["hours"] == pytest.approx(68.1, abs=0.1)
     check = look("egtea", tmp_path / "egtea")
     facts = check.facts["Annotations"]
     assert (facts["test"]["segments"], facts["nouns"], facts["verbs"]) == (6_065, 53, 19) and not check.of("problem", "Annotations")
@@ -391,7 +445,8 @@ def test_real_clips_and_their_boxes(shared_data, tmp_path):
 
 
 def test_bad_roots_name_the_right_one(mini, tmp_path, own):
-    for root, words in {mini / "epik": "no such folder; did you mean 'epic'", mini: f"is not the folder of EPIC-KITCHENS-100, {mini / 'epic'} is: xmic check-data epic",
+    for root, words in {mini / "epik": "no such folder; did you mean 'epic'",
+                        mini: f"is not the folder of EPIC-KITCHENS-100, {mini / 'epic'} is: xmic check-data epic",
                         mini / "world.json": "is a file", mini / "ego4d": "holds Ego4D, not EPIC-KITCHENS-100: xmic check-data ego4d"}.items():
         with pytest.raises(DataError, match=words): check_data("epic", root)
     (tmp_path / "empty").mkdir()

@@ -507,7 +507,7 @@ def _elsewhere(found: _Found, missing: list[str]) -> str:
     word = "unpack it into a folder of its name" if other.endswith(".tar") else f"expected {os.path.relpath(path, found.root)}"
     return f"{len(seen):,} of them may be there under another name: {os.path.relpath(other, found.root)} ({word})"
 
-# %% ../nbs/43_checks.ipynb #6ef6c103
+# %% ../nbs/43_checks.ipynb #9a283c2a
 def _hands(check: Check, found: _Found, given: str | None, thorough: bool, look: int, workers: int | None, timeout: float, progress: bool) -> None:
     from xmic.features import ExtractConfig, hand_boxes
 
@@ -520,6 +520,8 @@ def _hands(check: Check, found: _Found, given: str | None, thorough: bool, look:
     if boxes is None:
         read = "" if found.dataset == "csv" else ", which all tables of the paper read"
         return check.add(section, "warning", f"No hand boxes: whole frames stand in for the crops around hands{read}.", fetch, source=None)
+    if found.dataset == "egtea" and boxes.source != "boxes":
+        return check.add(section, "problem", f"{boxes.place} has detections by session, and every clip of EGTEA is a file with frames of its own.", fetch)
     if boxes.source == "boxes":
         _ready_boxes(check, found.all, boxes, found, thorough)
     else:
@@ -809,7 +811,7 @@ def _vit(encoder: str, vits: dict) -> str:
     if word not in plain: raise DataError(f"encoder={encoder!r}: what it costs is known of {', '.join(vits)}{did_you_mean(encoder, vits)}")
     return plain[word]
 
-# %% ../nbs/43_checks.ipynb #35ebc7db
+# %% ../nbs/43_checks.ipynb #ad51ec89
 _ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 LAVILA_MD5 = {"lavila-base": "d73a9c", "lavila-large": "c89337"}  # beginnings, as in the names of the published files
 
@@ -846,6 +848,7 @@ def fitting_encoders(
 
 
 def _weights(check: Check, path: Path, encoder: str | None) -> None:
+    "Every file of weights in a folder, or one."
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _ENDINGS and p.is_file())
     if not files: raise DataError(f"{path}: no file of weights in it ({', '.join(_ENDINGS)})")
     for file in files: _weight_file(check, file, encoder)

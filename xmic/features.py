@@ -768,9 +768,9 @@ def hand_boxes(
     root = root if root.is_dir() else root.parent
     crops = root / "annotations" / "hand_crops"
     ready = sorted(crops.glob("*.pkl"))
+    downloaded = [p for p in (root, root / "EPIC-KITCHENS") if config.dataset == "epic" and any(p.glob("P*/hand-objects/*.pkl"))]
     named = [from_root(config.boxes)] if config.boxes else [
-        root / "hand_boxes.csv", *(ready if len(ready) < 2 else [crops]), root / "hand-objects", root / "100doh",
-        *([root] if config.dataset == "epic" and any(root.glob("P*/hand-objects/*.pkl")) else [])]
+        root / "hand_boxes.csv", *(ready if len(ready) < 2 else [crops]), root / "hand-objects", root / "100doh", *downloaded]
     if config.boxes and not named[0].exists():
         raise DataError(f"boxes={config.boxes!r}: there is no {named[0]}")
     place = next((p for p in named if p.exists()), None)
