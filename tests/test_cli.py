@@ -188,3 +188,19 @@ def test_from_videos_to_a_recognizer_with_commands_alone(tmp_path):
     for wrong, message in ((["epocs=3"], "did you mean 'epochs'"), (["epochs"], "name=value"), (["epochs=3", "epochs=4"], "each once")):
         done = run("train", *wrong)
         assert done.exit_code == 1 and message in done.stderr
+
+
+def test_data_are_looked_at(tmp_path, monkeypatch):
+    own, run = write_world(tmp_path / "mine", videos=4, frames=60), lambda *arguments: CliRunner().invoke(app, ["check-data", *map(str, arguments)])
+    monkeypatch.chdir(tmp_path)
+    done = run("csv", "mine", "--thorough", "--workers", 1)
+    assert done.exit_code == 0 and done.stdout.startswith(f"Your videos: all is well\n{own}\n")
+    (own / "videos/v0.mp4").unlink()
+    done = run("csv", own, "--json")
+    said = json.loads(done.stdout)
+    assert done.exit_code == 1 and said["ok"] is False and said["facts"]["Videos"]["there"] == 3
+    assert run("csv", own).exit_code == 1
+    for wrong, message in ((["csv", own / "nowhere"], "no such folder"), (["epics", own], "did you mean 'epic'"),
+                           (["csv", own, "--encoder", "ResNet"], "known of")):
+        done = run(*wrong, "--json")
+        assert done.exit_code == 1 and done.stderr.startswith("xmic: ") and message in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout

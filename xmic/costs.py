@@ -126,11 +126,12 @@ def extraction_costs(
     feature_fps: float | None,  # None: every frame
     tflops: float = 100.0,  # sustained by the GPU, in the encoder's precision
     views: int = 2,
+    annotated: pd.DataFrame = ANNOTATED,  # segments, their mean seconds and frames a second, by split
 ) -> pd.DataFrame:  # by split: hours of segments, rows a view in millions, GB of features, GPU hours, frames to decode a second
-    "What it takes to extract the datasets of the paper."
+    "What it takes to extract the datasets of the paper, or other segments."
     *shape, dim = VITS[encoder]
-    seconds = ANNOTATED.segments * ANNOTATED.seconds
-    rows = seconds * (ANNOTATED.fps if feature_fps is None else ANNOTATED.fps.clip(upper=feature_fps))
+    seconds = annotated.segments * annotated.seconds
+    rows = seconds * (annotated.fps if feature_fps is None else annotated.fps.clip(upper=feature_fps))
     made = pd.DataFrame({"hours": seconds / 3600, "million rows": rows / 1e6, "GB": rows * views * (2 * dim + 4) / 1e9,
                          "GPU hours": rows * views * vit_gflop(*shape) / 1e3 / tflops / 3600})
     return pd.concat([made, made.sum().to_frame("all").T])

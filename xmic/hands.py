@@ -288,14 +288,27 @@ def on_frame(
     left, top, right, bottom = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
     return (left, top, right, bottom) if right - left > 1 and bottom - top > 1 else None
 
-# %% ../nbs/05_hands.ipynb #5de43a59
+# %% ../nbs/05_hands.ipynb #8f794281
 @lru_cache(maxsize=2)
 def _ready(path: str) -> dict[str, dict[int, Box | None]]:
+    if os.path.isdir(path):
+        return {segment: boxes for file in _pickles(Path(path)) for segment, boxes in read_boxes(file).items()}
     return read_boxes(path)
 
 
+def _pickles(folder: Path) -> list[Path]:
+    "In it, in the folders of persons, or as EPIC's download leaves them; links are followed."
+    return sorted(p for pattern in ("*.pkl", "*/*.pkl", "*/hand-objects/*.pkl") for p in folder.glob(pattern))
+
+
+def _detection_places(folder: str | Path, video_id: str) -> list[Path]:
+    "Where the detections of a video may lie."
+    person = video_id.split("_")[0]
+    return [Path(folder, *parts, f"{video_id}.pkl") for parts in ((person,), (person, "hand-objects"), ())]
+
+
 def _detection_folder(folder: str | Path) -> str:
-    if next(Path(folder).rglob("*.pkl"), None) is None:
+    if not _pickles(Path(folder)):
         raise DataError(f"{folder} holds no detections: expected a folder with <video>.pkl files in it")
     return str(folder)
 
@@ -303,19 +316,17 @@ def _detection_folder(folder: str | Path) -> str:
 @lru_cache(maxsize=3)
 def _detections(source: str, folder: str, video_id: str) -> Any:
     "What was detected in a video; None where there is no file for it."
-    person = video_id.split("_")[0]
-    places = [Path(folder, *parts, f"{video_id}.pkl") for parts in ((person,), (person, "hand-objects"), ())]
-    path = next((p for p in places if p.is_file()), None)
+    path = next((p for p in _detection_places(folder, video_id) if p.is_file()), None)
     if path is None:
         return None
     return read_epic_hands(path) if source == "epic" else read_100doh(path)
 
-# %% ../nbs/05_hands.ipynb #1c6a39ab
+# %% ../nbs/05_hands.ipynb #158cb75f
 def _content(place: Path) -> Any:
     "What tells boxes apart: all bytes of a file, or name, size and ends of each pickle in a folder."
     if place.is_file():
         return hashlib.sha256(place.read_bytes()).hexdigest()
-    return [(str(f.relative_to(place)), f.stat().st_size, _ends(f)) for f in sorted(place.rglob("*.pkl"))]
+    return [(str(f.relative_to(place)), f.stat().st_size, _ends(f)) for f in _pickles(place)]
 
 
 def _ends(path: Path, length: int = 2**16) -> str:
@@ -325,7 +336,7 @@ def _ends(path: Path, length: int = 2**16) -> str:
         f.seek(max(f.seek(0, 2) - length, len(first)))
         return hashlib.sha1(first + f.read()).hexdigest()
 
-# %% ../nbs/05_hands.ipynb #0534f64b
+# %% ../nbs/05_hands.ipynb #e29b7854
 @dataclass(frozen=True)
 class HandBoxes:
     "Boxes around the hands and what they touch, for the frames of any segment."
@@ -365,6 +376,15 @@ class HandBoxes:
         "Differs where boxes would: the settings and the files. Of a folder's files the first and last 64 KB are looked at."
         settings = (self.source, self.hand_threshold, self.object_threshold, self.max_gap, self.first_frame, self.official_rate, self.size, self.relative)
         return f"{self.source}-{hashlib.sha256(repr((settings, _content(Path(self.place)))).encode()).hexdigest()[:12]}"
+
+    @property
+    def segments(self) -> list[str]:
+        "The segments that ready boxes are of, as the file names them."
+        return list(_ready(self.place))
+
+    def places(self, video_id: str) -> list[Path]:
+        "Where the detections of a video may lie."
+        return _detection_places(self.place, video_id)
 
     def for_segment(self, segment: Any) -> dict[int, Box | None]:
         "The boxes of a segment by frame number, where they are ready; {} where none are."
