@@ -1,6 +1,7 @@
 """What the tests share: where the licensed test data lies, and that it may be absent."""
 import os
 from pathlib import Path
+from typing import Iterator
 
 import pytest
 
@@ -25,3 +26,12 @@ def golden(shared_data: Path) -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the golden vectors: {folder} does not exist")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    "The cache folder of the tests: nobody's own."
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XMIC_CACHE", str(folder))
+        yield folder

@@ -109,7 +109,7 @@ def _cost(c: TrainConfig, encoder_of: Callable[..., Encoder], kind: str, batch_s
     views = torch.randn(batch_size, c.frames, len(c.context_views), context.dim) if c.method in CONDITIONED else None
     return count_step(method, Batch(video, views), classes, c.method not in UNTRAINED) | dict(frames=c.frames, classes=len(classes))
 
-# %% ../nbs/33_costs.ipynb #3cddb041
+# %% ../nbs/33_costs.ipynb #652b655d
 ANNOTATED = pd.DataFrame({  # segments, their mean length in seconds, and frames a second of their videos
     "EPIC-KITCHENS train": (67_217, 3.12, 55.0),  # 60, or 50 in the newer videos: 55 on the mean
     "EPIC-KITCHENS test": (9_668, 3.68, 55.0),
@@ -139,11 +139,12 @@ def extraction_costs(
     feature_fps: float | None,  # None: every frame
     tflops: float = 100.0,  # sustained by the GPU, in the encoder's precision
     views: int = 2,
+    annotated: pd.DataFrame = ANNOTATED,  # segments, their mean seconds and frames a second, by split
 ) -> pd.DataFrame:  # by split: hours of segments, rows a view in millions, GB of features, GPU hours, frames to decode a second
-    "What it takes to extract the datasets of the paper."
+    "What it takes to extract the datasets of the paper, or other segments."
     *shape, dim = VITS[encoder]
-    seconds = ANNOTATED.segments * ANNOTATED.seconds
-    rows = seconds * (ANNOTATED.fps if feature_fps is None else ANNOTATED.fps.clip(upper=feature_fps))
+    seconds = annotated.segments * annotated.seconds
+    rows = seconds * (annotated.fps if feature_fps is None else annotated.fps.clip(upper=feature_fps))
     made = pd.DataFrame({"hours": seconds / 3600, "million rows": rows / 1e6, "GB": rows * views * (2 * dim + 4) / 1e9,
                          "GPU hours": rows * views * vit_gflop(*shape) / 1e3 / tflops / 3600})
     return pd.concat([made, made.sum().to_frame("all").T])

@@ -769,8 +769,11 @@ def hand_boxes(
     "The hand boxes of a dataset: those named, else those that lie where data/README.md says."
     root = data_folder(config.dataset, config.data_root)
     root = root if root.is_dir() else root.parent
+    crops = root / "annotations" / "hand_crops"
+    ready = sorted(crops.glob("*.pkl"))
+    downloaded = [p for p in (root, root / "EPIC-KITCHENS") if config.dataset == "epic" and any(p.glob("P*/hand-objects/*.pkl"))]
     named = [from_root(config.boxes)] if config.boxes else [
-        root / "hand_boxes.csv", *sorted((root / "annotations" / "hand_crops").glob("*.pkl"))[:1], root / "hand-objects", root / "100doh"]
+        root / "hand_boxes.csv", *(ready if len(ready) < 2 else [crops]), root / "hand-objects", root / "100doh", *downloaded]
     if config.boxes and not named[0].exists():
         raise DataError(f"boxes={config.boxes!r}: there is no {named[0]}")
     place = next((p for p in named if p.exists()), None)
@@ -779,8 +782,9 @@ def hand_boxes(
     default = 0.8 if config.dataset == "epic" else 0.5
     thresholds = dict(hand_threshold=default if config.hand_threshold is None else config.hand_threshold,
                       object_threshold=config.object_threshold)
-    if place.is_file():
-        return HandBoxes.from_boxes(place, max_gap=config.max_gap)
+    if place.is_file() or place.name == "hand_crops":
+        official = dict(first_frame=1, official_rate=True) if config.dataset == "epic" else {}
+        return HandBoxes.from_boxes(place, max_gap=config.max_gap, **official)
     if config.dataset == "epic":
         return HandBoxes.from_epic(place, max_gap=config.max_gap, **thresholds)
     return HandBoxes.from_100doh(place, max_gap=config.max_gap, **thresholds)

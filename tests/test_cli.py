@@ -1,0 +1,206 @@
+"""The command, as people call it."""
+import json
+import os
+import subprocess
+import sys
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from videos import write_jpegs, write_video
+from world import register_tiny, write_world
+from xmic.cli import app, seconds, videos
+from xmic.files import DataError, read_json
+
+ROOT = Path(__file__).resolve().parents[1]
+MINI = ["--model", str(ROOT / "data/mini/recognizer")]
+NAMES = ["--nouns", "pan,knife,tap", "--verbs", "take,put"]
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    "Two videos of six and three seconds, and one that is damaged between them."
+    folder = tmp_path_factory.mktemp("films")
+    write_video(folder / "a.mp4", 60, 10)
+    (folder / "b.mp4").write_text("no video")
+    write_video(folder / "c.mov", 30, 10)
+    (folder / "notes.txt").write_text("not a video")
+    return folder
+
+
+def call(*arguments, **changes):
+    return CliRunner().invoke(app, ["predict", *map(str, arguments)], **changes)
+
+
+def lines(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_help_comes_before_anything_large_is_imported():
+    code = ("import sys; sys.argv = ['xmic', '--help']\nfrom xmic.cli import main\ntry: main()\nexcept SystemExit as end: assert not end.code\n"
+            "print([m for m in ('torch', 'pandas', 'numpy', 'open_clip', 'av', 'PIL') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "predict" in done.stdout and done.stdout.strip().endswith("[]"), done.stderr
+
+
+def test_help_takes_less_than_half_a_second_of_the_processor():
+    begin = os.times()
+    for _ in range(3): subprocess.run([sys.executable, "-c", "from xmic.cli import main; main()", "--help"], capture_output=True, cwd=ROOT, check=True)
+    end = os.times()
+    assert (end.children_user + end.children_system - begin.children_user - begin.children_system) / 3 < 0.5
+
+
+def test_the_installed_command_is_there():
+    command = Path(sys.executable).with_name("xmic")
+    if not command.exists(): pytest.skip("the package is not installed with its command")
+    assert subprocess.run([command, "--version"], capture_output=True, text=True).stdout.strip() == __import__("xmic").__version__
+
+
+def test_a_table_to_read(films):
+    done = call(films / "a.mp4", *MINI, *NAMES, "--top", 2, "--every", "3s")
+    assert done.exit_code == 0, done.output
+    rows = done.stdout.splitlines()
+    assert rows[0] == str(films / "a.mp4") and rows[1].strip().startswith("no hand boxes")
+    (header,) = [row for row in rows if row.startswith("seconds")]
+    assert all(title in header for title in ("verb, X-MIC", "verb, zero-shot", "noun, X-MIC", "noun, zero-shot", "action"))
+    assert [row[:15].strip() for row in rows if " - " in row[:15]] == ["0.0 -    3.0", "3.0 -    6.0"]
+    assert len(rows) == rows.index(header) + 1 + 4 and all(len(row) <= 140 for row in rows[rows.index(header):])
+
+
+def test_json_lines_and_nothing_else_on_the_standard_output(films):
+    done = call(films / "a.mp4", *MINI, *NAMES, "--json", "--top", 2)
+    answers = lines(done.stdout)
+    assert done.exit_code == 0 and [(a["start"], a["stop"]) for a in answers] == [(0, 2), (2, 4), (4, 6)]
+    for a in answers:
+        assert a["video"] == str(films / "a.mp4") and len(a["nouns"]) == len(a["verbs"]) == len(a["actions"]) == 2
+        assert a["methods"] == {"noun": "xmic", "verb": "xmic"} and len(a["without_adapter"]["noun"]) == 2
+        assert a["nouns"][0]["score"] >= a["nouns"][1]["score"] and len(a["frames"]) == len(a["boxes"]) == 16
+
+
+def test_what_was_printed_stays_and_the_next_file_follows(films):
+    done = call(films, *MINI, *NAMES, "--json")
+    assert done.exit_code == 1
+    assert [Path(a["video"]).name for a in lines(done.stdout)] == ["a.mp4"] * 3 + ["c.mov"] * 2
+    (said,) = [line for line in done.stderr.splitlines() if "b.mp4" in line]
+    assert said.startswith("xmic: ")
+
+
+def test_a_file_that_breaks_off_leaves_what_came_before(films, tmp_path):
+    from videos import overwrite
+    broken = overwrite(write_video(tmp_path / "broken.mp4", 200, 10, gop=10), 0.7, 0.95)
+    done = call(broken, *MINI, *NAMES, "--json", "--backend", "pyav")
+    assert done.exit_code == 1 and len(lines(done.stdout)) >= 2 and done.stderr.startswith("xmic: ")
+
+
+def test_a_part_of_a_video(films):
+    done = call(films / "a.mp4", *MINI, *NAMES, "--json", "--start", "1s", "--stop", "0:05", "--every", "all")
+    assert [(a["start"], a["stop"]) for a in lines(done.stdout)] == [(1, 5)]
+
+
+def test_zero_shot_with_any_encoder_and_random_weights_says_so(films):
+    name = register_tiny()
+    done = call(films / "a.mp4", "--encoder", name, "--weights", "random", *NAMES, "--every", "all")
+    assert done.exit_code == 0 and "RANDOM encoder weights: the answer means nothing" in done.stdout and "noun, zero-shot" in done.stdout
+    assert "X-MIC" not in done.stdout and "xmic: " in done.stderr and "RANDOM weights" in done.stderr
+
+
+def test_pages_and_annotated_videos(films, tmp_path):
+    done = call(films / "a.mp4", *MINI, *NAMES, "--html", tmp_path / "a.html", "--video", tmp_path / "a.mp4")
+    assert done.exit_code == 0 and "a.html written" in done.stderr and {p.name for p in tmp_path.iterdir()} == {"a.html", "a.mp4"}
+    done = call(films / "a.mp4", films / "c.mov", *MINI, *NAMES, "--html", tmp_path / "pages")
+    assert done.exit_code == 0 and {p.name for p in (tmp_path / "pages").iterdir()} == {"a.html", "c.html"}
+
+
+def test_given_hand_boxes(films, tmp_path):
+    rows = [f"a,{frame},40,30,120,100" for frame in range(60)]
+    (tmp_path / "hand_boxes.csv").write_text("\n".join(["segment_id,frame,left,top,right,bottom", *rows]))
+    answer = lines(call(films / "a.mp4", *MINI, *NAMES, "--json", "--every", "all", "--boxes", tmp_path / "hand_boxes.csv").stdout)[0]
+    assert answer["boxes"] == [[40, 30, 120, 100]] * 16 and answer["notes"][0] == "hand crops in 16 of 16 frames, as given"
+
+
+def test_a_stream_from_the_standard_input(films):
+    with open(films / "a.mp4", "rb") as stdin:
+        done = subprocess.run([sys.executable, "-c", "from xmic.cli import main; main()", "predict", "-", *MINI, *NAMES, "--json"], stdin=stdin, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert [(a["video"], a["start"], a["stop"]) for a in lines(done.stdout)] == [("-", 0, 2), ("-", 2, 4), ("-", 4, 6)]
+
+
+def test_names_from_files_and_from_the_official_lists(films, tmp_path, shared_data):
+    (tmp_path / "verbs.txt").write_text("take\nput\n")
+    nouns = shared_data / "epic_kitchens_100_annotations/EPIC_100_noun_classes.csv"
+    answer = lines(call(films / "c.mov", *MINI, "--nouns", nouns, "--verbs", tmp_path / "verbs.txt", "--json", "--every", "all").stdout)[0]
+    assert len(answer["nouns"]) == 5 and {a["name"] for a in answer["verbs"]} == {"take", "put"}
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["a.mp4", *MINI], "say what to recognise"), (["a.mp4", *NAMES], "give --model"), (["a.mp4", *NAMES, *MINI, "--encoder", "ViT-B-32"], "not both"),
+    (["a.mp4", *MINI, "--nouns", "nouns.txt"], "no such file; give a file with a name in each line"), (["a.mp4", *MINI, *NAMES, "--every", "soon"], "is no time"),
+    (["a.mp4", *MINI, *NAMES, "--every", "0"], "above 0"), (["a.mp4", *MINI, *NAMES, "--start", "9s"], "no stretch"), (["missing.mp4", *MINI, *NAMES], "no such file"),
+    (["a.mp4", "--model", "nowhere", *NAMES], "no such folder"), (["a.mp4", *MINI, *NAMES, "--boxes", "none.csv"], "no such file or folder"),
+    (["a.mp4", *MINI, *NAMES, "--detector", "mediapip"], "did you mean 'mediapipe'"), (["a.mp4", "c.mov", *MINI, *NAMES, "--html", "x.html"], "name a folder"),
+    (["-", *MINI, *NAMES, "--start", "1s"], "neither beginning nor end"), (["rtsp://127.0.0.1:9/x", *MINI, *NAMES], "cannot be opened"),
+    (["-", *MINI, *NAMES, "--video", "x.mp4"], "--video needs a file"), (["a.mp4", *MINI, *NAMES, "--backend", "gstreamer"], "backend is")])
+def test_what_is_wrong_is_one_line_and_exit_code_one(films, monkeypatch, arguments, message):
+    monkeypatch.chdir(films)
+    done = call(*arguments)
+    assert done.exit_code == 1 and message in done.stderr and done.stderr.startswith("xmic: ") and len(done.stderr.splitlines()) == 1 and not done.stdout
+
+
+def test_wrong_options_are_refused_by_their_names(films):
+    done = call(films / "a.mp4", "--tops", "3")
+    assert done.exit_code == 2 and "--tops" in done.stderr
+
+
+@pytest.mark.parametrize("text, value", [("2s", 2), ("2", 2), (".5", 0.5), ("500ms", 0.5), ("1.5m", 90), ("1:02.5", 62.5), ("1:00:00", 3600), (" 3 s ", 3)])
+def test_times(text, value):
+    assert seconds(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "s", "-1", "2x", "1:75", "1e3", "nan", "1:2:3:4"])
+def test_no_times(text):
+    with pytest.raises(DataError, match="is no time"): seconds(text)
+
+
+def test_which_videos(films, tmp_path):
+    assert [Path(v).name for v in videos([str(films)])] == ["a.mp4", "b.mp4", "c.mov"]
+    write_jpegs(tmp_path / "frames", 3)
+    assert videos([str(tmp_path / "frames"), "rtsp://a/b"]) == [str(tmp_path / "frames"), "rtsp://a/b"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds neither videos"): videos([str(tmp_path / "empty")])
+
+
+def test_from_videos_to_a_recognizer_with_commands_alone(tmp_path):
+    name, world = register_tiny(), write_world(tmp_path / "world", videos=6)
+    common = ["dataset=csv", f"data_root={world}", f"encoder={name}", "weights=random", f"features_root={tmp_path / 'features'}", "device=cpu", "progress=false"]
+    run = lambda *arguments: CliRunner().invoke(app, list(arguments))
+    done = run("extract", *common, "workers=0")
+    assert done.exit_code == 0, done.output
+    done = run("train", *common, f"runs_root={tmp_path / 'runs'}", "epochs=2", "warmup_epochs=1", "batch_size=4", "labels=noun")
+    assert done.exit_code == 0 and "top1" in done.stdout
+    folder = Path(done.stdout.splitlines()[0])
+    assert read_json(folder / "metrics.json")["results"]["csv"]["noun"]["top1"]["count"] == 6
+    assert run("evaluate", f"run={folder}", "template=a photo of a {}", "device=cpu").exit_code == 0
+    done = call(world / "videos/v0.mp4", "--model", folder, "--nouns", "pan,knife,tap", "--json")
+    assert done.exit_code == 0 and np.isclose(sum(n["score"] for n in lines(done.stdout)[0]["nouns"]), 100, atol=0.01)
+    for wrong, message in ((["epocs=3"], "did you mean 'epochs'"), (["epochs"], "name=value"), (["epochs=3", "epochs=4"], "each once")):
+        done = run("train", *wrong)
+        assert done.exit_code == 1 and message in done.stderr
+
+
+def test_data_are_looked_at(tmp_path, monkeypatch):
+    own, run = write_world(tmp_path / "mine", videos=4, frames=60), lambda *arguments: CliRunner().invoke(app, ["check-data", *map(str, arguments)])
+    monkeypatch.chdir(tmp_path)
+    done = run("csv", "mine", "--thorough", "--workers", 1)
+    assert done.exit_code == 0 and done.stdout.startswith(f"Your videos: all is well\n{own}\n")
+    (own / "videos/v0.mp4").unlink()
+    done = run("csv", own, "--json")
+    said = json.loads(done.stdout)
+    assert done.exit_code == 1 and said["ok"] is False and said["facts"]["Videos"]["there"] == 3
+    assert run("csv", own).exit_code == 1
+    for wrong, message in ((["csv", own / "nowhere"], "no such folder"), (["epics", own], "did you mean 'epic'"),
+                           (["csv", own, "--encoder", "ResNet"], "known of")):
+        done = run(*wrong, "--json")
+        assert done.exit_code == 1 and done.stderr.startswith("xmic: ") and message in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout

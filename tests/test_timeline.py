@@ -1,0 +1,169 @@
+"""A video as a table, a page and an annotated video; streams."""
+import base64
+import io
+import html
+
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import av
+import numpy as np
+import pandas as pd
+import pytest
+
+from videos import numbered_frame, numbers_of, write_jpegs, write_video
+from world import register_tiny
+from xmic.encoders import create_encoder
+from xmic.files import DataError
+from xmic.recognizer import Recognition, Recognizer
+from xmic.timeline import Timeline, _codec, is_stream, open_stream, timeline
+from xmic.video import VideoError, probe, read_frames
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
+NAMES = dict(nouns=["pan", "knife", "tap"], verbs=["take", "put"])
+
+
+@pytest.fixture(scope="module")
+def recognizer():
+    return Recognizer.zero_shot(create_encoder(register_tiny(), "random", "cpu"))
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    return write_video(tmp_path_factory.mktemp("film") / "film.mp4", 60, 10)
+
+
+def answer(start=0.0, stop=2.0, names=("pan", "knife"), **changes) -> Recognition:
+    table = lambda names, scores: pd.DataFrame(dict(name=list(names), score=scores, zero_shot=scores[::-1]))
+    return Recognition(table(names, [90.0, 10.0]), table(("take", "put"), [70.0, 30.0]), start, stop, [0], ["no hand boxes"], [None],
+                       **dict(dict(methods={"noun": "xmic", "verb": "zero_shot"},
+                                   zero_shot={"noun": pd.DataFrame(dict(name=list(names)[::-1], score=[60.0, 40.0])),
+                                              "verb": pd.DataFrame(dict(name=["take", "put"], score=[70.0, 30.0]))}) | changes))
+
+
+class Tags(HTMLParser):
+    "Checks that what is opened is closed, and keeps the text and the addresses."
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open, self.text, self.addresses = [], [], []
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.addresses += [v for k, v in attributes if k in ("src", "href")]
+        if tag not in ("meta", "img", "br"): self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_table_has_a_row_for_each_name_and_action(recognizer, film):
+    table = timeline(recognizer, film, **NAMES, top=2).table()
+    assert table.columns.tolist() == ["start", "stop", "kind", "rank", "name", "score", "zero_shot"]
+    assert table.groupby(["start", "kind"]).size().tolist() == [2] * 9 and table.start.unique().tolist() == [0, 2, 4]
+    for _, part in table.groupby(["start", "kind"]):
+        assert part["rank"].tolist() == [1, 2] and part.score.is_monotonic_decreasing
+    action = Timeline("v.mp4", [answer()]).table().query("kind == 'action'").iloc[0]
+    assert (action["name"], action.score, action.zero_shot) == ("take pan", pytest.approx(63), pytest.approx(3))
+
+
+def test_one_kind_alone_has_no_actions(recognizer, film):
+    seen = timeline(recognizer, film, verbs=["take", "put"], every=None)
+    assert set(seen.table().kind) == {"verb"} and len(seen.answers) == 1 and "actions" not in seen.answers[0].as_dict()
+
+
+def test_the_page_needs_no_other_file_and_shows_both_rankings(recognizer, film, tmp_path):
+    seen = timeline(recognizer, film, **NAMES)
+    seen.to_html(tmp_path / "film.html")
+    page = Tags((tmp_path / "film.html").read_text())
+    assert len(page.addresses) == 3 and all(a.startswith("data:image/jpeg;base64,") for a in page.addresses)
+    with av.open(io.BytesIO(base64.b64decode(page.addresses[0].split(",")[1]))) as picture:
+        assert next(picture.decode(video=0)).width == 160
+    assert any("RANDOM" in text for text in page.text)
+    Timeline("v.mp4", [answer()]).to_html(tmp_path / "two.html")
+    text = " ".join(Tags((tmp_path / "two.html").read_text()).text)
+    assert text.index("nouns, X-MIC pan 90.0 % knife 10.0 %") < text.index("nouns, zero-shot knife 60.0 % pan 40.0 %")
+    assert "verbs, zero-shot take 70.0 %" in text and text.count("zero-shot") == 2
+
+
+def test_names_cannot_write_into_the_page(tmp_path):
+    evil = "<script>alert(1)</script>"
+    Timeline(f"{evil}.mp4", [answer(names=(evil, "\" onload=\"x"))]).to_html(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "<script" not in page and html.escape(evil) in page and "onload" in "".join(Tags(page).text)
+
+
+def test_notes_are_said_once_with_the_stretches_they_hold_for():
+    answers = [answer(), answer(2, 4), answer(4, 6)]
+    answers[1].notes.append("hand crops in 3 of 16 frames")
+    assert Timeline("v.mp4", answers).notes == ["no hand boxes", "hand crops in 3 of 16 frames (1 of 3 stretches)"]
+
+
+def test_the_annotated_video_has_the_frames_of_the_stretches_with_their_hand_boxes(recognizer, film, tmp_path):
+    seen = timeline(recognizer, film, **NAMES, start=1.0, stop=5.0, boxes=lambda frames: [(20, 10, 60, 50)] * len(frames))
+    seen.annotate(tmp_path / "out.mp4")
+    info = probe(tmp_path / "out.mp4")
+    assert (info.frames, info.width, info.height, round(info.fps)) == (40, 160, 120, 10)
+    frames, source = read_frames(tmp_path / "out.mp4", [0, 39]), read_frames(film, [10, 49])
+    left = frames[:, 15:45, 18:23].astype(int)  # the box is orange
+    assert (left[..., 0] - left[..., 2]).max(axis=(1, 2)).min() > 90
+    assert frames[:, 100:].mean() < 0.7 * source[:, 100:].mean()  # the band with the text is dark
+    assert np.abs(frames[:, :8].astype(int) - source[:, :8].astype(int)).mean() < 12  # the rest is the video
+
+
+def test_odd_sizes_folders_of_frames_and_irregular_rates_can_be_annotated(recognizer, tmp_path):
+    odd = [numbered_frame(i, (162, 122))[:121, :161] for i in range(20)]
+    write_jpegs(tmp_path / "frames", 30)
+    write_video(tmp_path / "vfr.mkv", 30, 25, variable=True)
+    from PIL import Image
+    for i, image in enumerate(odd): Image.fromarray(image).save((tmp_path / "odd").mkdir(exist_ok=True) or tmp_path / "odd" / f"frame_{i + 1:010d}.jpg")
+    for name, size in (("frames", (160, 120)), ("odd", (160, 120)), ("vfr.mkv", (160, 120))):
+        timeline(recognizer, tmp_path / name, **NAMES, every=0.5).annotate(tmp_path / "out.mp4")
+        info, before = probe(tmp_path / "out.mp4"), probe(tmp_path / name)
+        assert (info.width, info.height, info.frames) == (*size, before.frames)
+        assert info.duration == pytest.approx(before.duration, rel=0.05)
+
+
+def test_where_there_is_no_h264_it_is_written_as_mpeg4(recognizer, film, tmp_path, monkeypatch):
+    monkeypatch.setattr("xmic.timeline._can_encode", lambda name: False)
+    assert _codec() == "mpeg4"
+    timeline(recognizer, film, **NAMES).annotate(tmp_path / "out.mp4")
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert container.streams.video[0].codec_context.name == "mpeg4" and sum(1 for _ in container.decode(video=0)) == 60
+
+
+@pytest.mark.parametrize("video, path, message", [("nowhere.mp4", "out.mp4", "read again"), (__file__, "out.avi", "as .mp4"), (__file__, "out.mp4", "nothing was recognised")])
+def test_what_cannot_be_annotated_is_said(video, path, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        Timeline(video, []).annotate(tmp_path / path)
+
+
+def test_a_file_read_as_a_stream_gives_the_answers_of_the_file(recognizer, film):
+    with open_stream(str(film)) as (fps, frames):
+        streamed = list(recognizer.stream(frames, fps, **NAMES))
+    read = timeline(recognizer, film, **NAMES, backend="pyav").answers
+    assert fps == 10 and [a.frames for a in streamed] == [a.frames for a in read]
+    for a, b in zip(streamed, read):
+        assert a.nouns.name.tolist() == b.nouns.name.tolist() and np.allclose(a.nouns.score, b.nouns.score, rtol=1e-3)
+
+
+def test_the_standard_input_is_a_stream(film):
+    code = "from xmic.timeline import open_stream\nfrom videos import numbers_of\nimport numpy as np\nwith open_stream('-') as (fps, frames): print(fps, numbers_of(np.stack(list(frames))) == list(range(60)))"
+    with open(film, "rb") as stdin:
+        done = subprocess.run([sys.executable, "-c", code], stdin=stdin, capture_output=True, text=True, cwd=__file__.rsplit("/", 1)[0])
+    assert done.stdout.strip() == "10.0 True", done.stderr
+
+
+@pytest.mark.parametrize("source, message", [("rtsp://127.0.0.1:9/none", "cannot be opened"), ("/dev/video99", "cannot be opened"), (__file__, "cannot be opened")])
+def test_streams_that_cannot_be_opened_are_said(source, message):
+    with pytest.raises(VideoError, match=message):
+        with open_stream(source): pass
+
+
+def test_what_is_a_stream():
+    assert all(map(is_stream, ("-", "rtsp://a/b", "http://a/b.mp4", "/dev/video0"))) and not any(map(is_stream, ("kitchen.mp4", "/data/x.mp4", "a-b")))
