@@ -630,7 +630,7 @@ def _timm_encoder(
                             tuple(settings["std"]), margin)
     return Encoder(name, model, preprocess, getattr(model, "head_hidden_size", model.num_features), config, None, Path(chosen).name, precision, device)
 
-# %% ../nbs/09_encoders.ipynb #01153eeb
+# %% ../nbs/09_encoders.ipynb #dec972d1
 class OwnEncoder(Encoder):
     "An encoder by code of one's own; `DataError` where what it gives cannot be features."
 
@@ -644,9 +644,10 @@ class OwnEncoder(Encoder):
         made = made() if isinstance(made, type) else made
         if not callable(made): raise DataError(f"{reference} cannot be called: an encoder is a function from frames to features, or a class of such")
         self.reference, self.version, self.sha256 = reference, str(getattr(made, "version", "")), code_sha256(reference)[reference]
-        super().__init__(code_name(reference), made if isinstance(made, nn.Module) else nn.Module(), Preprocess(getattr(made, "size", 224), resize),
+        model = nn.Module()
+        model.made = made  # a part of it, so that its weights count, if it is a module
+        super().__init__(code_name(reference), model, Preprocess(getattr(made, "size", 224), resize),
                          0, dict(code=self.sha256, version=self.version), None, self.version or "its own", "fp32", device)
-        self.made = [made]  # in a list, so that a module does not count twice
         self.logit_scale = float(getattr(made, "logit_scale", 100.0)) if hasattr(made, "encode_text") else None
         self._try()
 
@@ -674,7 +675,7 @@ class OwnEncoder(Encoder):
         "Image features (N, D), as the code gives them."
         pixels = self._checked(pixels).cpu().numpy()
         if not len(pixels): return torch.empty(0, self.dim, device=self.device)
-        with torch.inference_mode(): made = self.made[0](pixels)
+        with torch.inference_mode(): made = self.model.made(pixels)
         return self._looked_at(made, len(pixels), "frames")
 
     def encode_batch(self, pixels: np.ndarray | Tensor, size: int, record: bool | None = None) -> Tensor:
@@ -685,7 +686,7 @@ class OwnEncoder(Encoder):
         if self.logit_scale is None or isinstance(texts, str): return super().encode_text(texts)
         parts = [torch.empty(0, self.dim, device=self.device)]
         for i in range(0, len(texts), batch_size):
-            with torch.inference_mode(): made = self.made[0].encode_text(list(texts[i:i + batch_size]))
+            with torch.inference_mode(): made = self.model.made.encode_text(list(texts[i:i + batch_size]))
             parts.append(self._looked_at(made, len(texts[i:i + batch_size]), "texts"))
         return torch.cat(parts)
 

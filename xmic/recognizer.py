@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recognition', 'Recognizer']
 
-# %% ../nbs/27_recognizer.ipynb #03170b17
+# %% ../nbs/27_recognizer.ipynb #040d70e2
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +22,10 @@ from .classes import ClassSet
 from .clips import wanted_frames
 from .encoders import Encoder, create_encoder, embed_prompts
 from .features import resize_policy
-from .files import DataError, read_json, settings, whole_file, write_json
+from .files import DataError, read_json, whole_file, write_json
 from .hands import HandBoxes
 from .streams import Batch
-from .training import CONDITIONED, PIXELS, TrainConfig, build_method, load_trained, resolve, text_tower
+from .training import PIXELS, TrainConfig, build_method, load_trained, reads_context, resolve_saved, text_tower
 from .video import VideoInfo, frame_indices, frame_times, probe, read_frames
 
 # %% ../nbs/27_recognizer.ipynb #befb0727
@@ -96,7 +96,7 @@ class _Frames:
         if len(self.images) % n: raise DataError(f"frames={len(self.images)}: {encoder.name} reads clips of {n}; train with a multiple of that")
         return _of_view(encoder, view).encode_frames(self.images, boxes=self.boxes if view == "hand" else None)[None].repeat_interleave(n, 1)
 
-# %% ../nbs/27_recognizer.ipynb #b2f3ad37
+# %% ../nbs/27_recognizer.ipynb #e7e349ca
 _Saved = dict[str, tuple[TrainConfig, Path]]  # "noun", "verb" -> how the adapter was trained, and its weights
 
 
@@ -104,8 +104,8 @@ def _saved(folder: Path) -> _Saved:
     kept = read_json(folder / "config.json", dict)
     adapters = kept.get("adapters")
     if isinstance(adapters, dict) and adapters and set(adapters) <= {"noun", "verb"} and all(isinstance(c, dict) for c in adapters.values()):
-        return {kind: (resolve(settings(TrainConfig, c)), folder / f"{kind}.safetensors") for kind, c in adapters.items()}
-    run = resolve(settings(TrainConfig, kept))
+        return {kind: (resolve_saved(c), folder / f"{kind}.safetensors") for kind, c in adapters.items()}
+    run = resolve_saved(kept)
     return {kind: (run, folder / "model.safetensors") for kind in (["noun", "verb"] if run.labels == "both" else [run.labels])}
 
 
@@ -126,7 +126,7 @@ def _notes(frames: _Frames, zero_shot: list[str], encoder: Encoder) -> list[str]
         notes.append("RANDOM encoder weights: the answer means nothing")
     return notes
 
-# %% ../nbs/27_recognizer.ipynb #40320b5c
+# %% ../nbs/27_recognizer.ipynb #cc63ecea
 class Recognizer:
     "A frozen CLIP with trained adapters, for videos and class lists of any kind."
 
@@ -215,7 +215,7 @@ class Recognizer:
             if kind in self.methods:
                 if config.method in PIXELS:
                     batch = Batch(frames.pixels(self.encoder, view))
-                if config.method in CONDITIONED:
+                if reads_context(config):
                     batch = Batch(classified, torch.stack([frames.encode(self.context, v) for v in config.context_views], dim=2))
                 adapted = score(self.methods[kind], batch)
         table = pd.DataFrame(dict(name=names.names, score=adapted, zero_shot=plain))

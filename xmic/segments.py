@@ -433,7 +433,7 @@ def read_code(
     table = _own_segments(rows.assign(split=split), code_file(reference), 0.5)
     return table if "segment_id" in rows else table.assign(segment_id=f"{split}_" + table["segment_id"])
 
-# %% ../nbs/03_segments.ipynb #1f3f8117
+# %% ../nbs/03_segments.ipynb #eddf251c
 _SPLITS = {"epic": {"train": "train", "test": "validation", "challenge": "test"}, "ego4d": {"train": "train", "test": "val"},
            "egtea": {"train": "train", "test": "test"}, "csv": {"train": "train", "test": "test"}}
 
@@ -443,9 +443,9 @@ def own_dataset(
     root: str | Path,  # a CSV, a folder with segments.csv in it, or "path/to/file.py:function", see `read_code`
 ) -> None:
     "`DataError` unless the name is one that a dataset of one's own may have, and the place holds one."
-    known = f"dataset is {' or '.join(repr(choice) for choice in _SPLITS)}, not {brief(repr(dataset))}{did_you_mean(dataset, _SPLITS)}"
-    if not re.fullmatch(r"[^\W_][\w.-]{0,99}", dataset):
-        raise DataError(f"{known}; the name of your own may have letters, digits, '-', '_' and '.'")
+    known = f"dataset={brief(repr(dataset))} is none of {', '.join(map(repr, _SPLITS))}{did_you_mean(dataset, _SPLITS)}"
+    if not re.fullmatch(r"[^\W_][\w.-]{0,99}", dataset) or did_you_mean(dataset, ["epic", "ego4d", "egtea"]):
+        raise DataError(f"{known}; the name of your own has letters, digits, '-', '_' and '.', and is not nearly one of these")
     if not is_code(root) and not Path(root).is_file() and not (Path(root) / "segments.csv").is_file():
         raise DataError(f"{known}; one of your own is a folder with segments.csv in it, or 'reader.py:function', and {root} is neither")
 
