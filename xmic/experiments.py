@@ -460,7 +460,7 @@ def _contents(made: Plan) -> dict[str, str]:  # address -> words
         "#calibration": "Calibration", "#confusions": "What is taken for what"} | ({"clips.html": "Clips: won, lost, and why"} if 1 in made.tables else {}) | {
         "#costs": "What a training step costs", "#encoded": "What was encoded", "#runs": "All runs, for programs"}
 
-# %% ../nbs/31_experiments.ipynb #8bdcacfa
+# %% ../nbs/31_experiments.ipynb #ad088b5c
 def world_size(
     root: str | Path,  # of a dataset
 ) -> str | None:  # None where it is not of the mini world
@@ -540,7 +540,7 @@ def _extract_missing(config: "TrainConfig", splits: dict[str, list[str]], settin
             before = next(iter(there.values()), {})
             as_before = dict(feature_fps=None if before["feature_fps"] == "every frame" else before["feature_fps"],
                              backend=before["decoder"].split()[0].lower()) if before else {}
-            print(f"{dataset}: {len(left):,} of {len(segments):,} segments have no features by {name} yet; extracting them into {store.root}", flush=True)
+            print(f"{dataset}: {len(left):,} of {len(segments):,} segments have no features by {name} yet; extracting them into {config.features_root}", flush=True)
             extract_dataset(ExtractConfig(**settings | as_before | dict(
                 dataset=dataset, data_root=str(root), splits=which, encoder=name, weights=weights, clip_frames=clip_frames, resize=config.resize,
                 views=["full", "hand"], features_root=config.features_root, device=config.device,
