@@ -263,8 +263,8 @@ def test_contradicting_settings_are_refused_before_any_work(config, changes, mes
 
 def test_all_faults_are_listed_at_once(config):
     with pytest.raises(DataError) as e:
-        resolve(replace(config, dataset="x", labels="y", frames=0))
-    assert all(part in str(e.value) for part in ("dataset='x'", "labels='y'", "frames=0"))
+        resolve(replace(config, dataset="epci", labels="y", frames=0))
+    assert all(part in str(e.value) for part in ("dataset='epci'", "labels='y'", "frames=0"))
 
 
 def test_recipes_differ_and_can_be_mixed():

@@ -6,10 +6,10 @@
 __all__ = ['PRECISIONS', 'STORAGES', 'OPENAI_SCALARS', 'OWN', 'DINOV2_SIZES', 'DINOV2_NAMES', 'POSITION_INTERPOLATIONS',
            'activations', 'hash_weights', 'Encoder', 'ArchiveUnpickler', 'read_weights', 'load_weights',
            'check_activation', 'fetch_weights', 'build_model', 'fill_token_table', 'timm_name', 'has_text',
-           'set_image_size', 'from_dinov2', 'ClipEncoder', 'create_encoder', 'ClassEmbeddings', 'embed_classes',
-           'embed_prompts']
+           'set_image_size', 'from_dinov2', 'OwnEncoder', 'ClipEncoder', 'create_encoder', 'ClassEmbeddings',
+           'embed_classes', 'embed_prompts']
 
-# %% ../nbs/10_encoders.ipynb #44903f61
+# %% ../nbs/10_encoders.ipynb #19369796
 import hashlib
 import json
 import logging
@@ -44,12 +44,12 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from .classes import ClassSet
-from .files import DataError, brief, check_archive, did_you_mean, project_root, read_json, whole_file
+from .files import DataError, brief, check_archive, code_name, code_sha256, did_you_mean, is_code, load_code, project_root, read_json, whole_file
 from .lavila import LAVILA_MEAN, LAVILA_STD, SIZES, LaViLa, LaViLaConfig, check_tensors, is_plain, load_lavila, read_lavila, tokenize
 from .pixels import ALIASED, CLIP_MEAN, CLIP_STD, Preprocess
 from .towers import FixedBatch, fast_tower
 
-# %% ../nbs/10_encoders.ipynb #693d3ec6
+# %% ../nbs/10_encoders.ipynb #618e1746
 def activations(
     model: nn.Module,
 ) -> str:
@@ -88,7 +88,7 @@ def _warn_of_cut(tokenizer: Callable[[list[str]], Tensor], texts: list[str]) -> 
         warnings.warn(f"{len(long)} of {len(texts)} texts have more than {room} tokens and are cut, "
                       f"the first: {long[0][:80]!r}", stacklevel=3)
 
-# %% ../nbs/10_encoders.ipynb #0c75f724
+# %% ../nbs/10_encoders.ipynb #87b8067e
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -259,7 +259,7 @@ class Encoder(nn.Module):
                     **({"logit_bias": self.logit_bias} if self.logit_bias else {}),
                     **{k: v for k, v in self.config.items() if k == "position_interpolation"})
 
-# %% ../nbs/10_encoders.ipynb #22885de9
+# %% ../nbs/10_encoders.ipynb #e60da997
 STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
             "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32, "BoolStorage": torch.bool}
 
@@ -287,7 +287,7 @@ class ArchiveUnpickler(pickle.Unpickler):
             self.storages[dtype, key] = torch.frombuffer(bytearray(self.archive.read(f"{self.root}/data/{key}")), dtype=dtype)
         return self.storages[dtype, key]
 
-# %% ../nbs/10_encoders.ipynb #d79b63c2
+# %% ../nbs/10_encoders.ipynb #e85b9d24
 def _tensors(module: object, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
     seen = set() if seen is None else seen
     for name, value in vars(module).items():
@@ -361,7 +361,7 @@ def check_activation(
                     f"{'+'.join(built)}, which gives wrong features. Use the name {other!r}"
                     + ("" if other in open_clip.list_models() else f' (a model configuration with "quick_gelu": {str(quick_gelu).lower()})'))
 
-# %% ../nbs/10_encoders.ipynb #d208ce13
+# %% ../nbs/10_encoders.ipynb #3f757dff
 def fetch_weights(
     name: str,  # of the architecture, as `create_encoder` takes it
     tag: str,  # one of open_clip's or timm's pretrained tags of it
@@ -427,7 +427,7 @@ def _which_weights(
                      f"weights {str(weights)!r}: neither a file nor a pretrained tag of {name}")
                     + f"; its tags: {', '.join(tags) or 'none'}. Or pass a weight file, or weights='random'")
 
-# %% ../nbs/10_encoders.ipynb #265f53c8
+# %% ../nbs/10_encoders.ipynb #9261e3ac
 def _settings_of(name: str, path: Path | None) -> dict:
     "Mean, std, interpolation, resize_mode and (if known) quick_gelu that belong to a weight file, or to an architecture."
     beside = path and path.with_name("open_clip_config.json")
@@ -456,7 +456,7 @@ def _preprocess(name: str, model: Any, resize: str, settings: dict) -> Preproces
 def _trained_resize(settings: dict) -> str:
     return settings.get("resize_mode") or "shortest"
 
-# %% ../nbs/10_encoders.ipynb #a9554c9c
+# %% ../nbs/10_encoders.ipynb #847e438a
 def _load_tag(name: str, model: nn.Module, tag: str) -> dict:
     settings, source = open_clip.get_pretrained_cfg(name, tag), f"{name} ({tag})"
     if settings.get("quick_gelu"): check_activation(name, model, True, source)
@@ -493,7 +493,7 @@ def _tokenizer(name: str) -> Callable[[list[str]], Tensor]:
         raise DataError(reason + (f". It is huggingface.co/{source}: install transformers and load it once with a network; "
                                   "it is then found in the hub's cache (HF_HOME), which may be copied" if source else "")) from None
 
-# %% ../nbs/10_encoders.ipynb #0bf7880f
+# %% ../nbs/10_encoders.ipynb #79607caa
 OWN = ("mini-clip", "mini-clip-large", "mini-dino", "mini-lavila")  # in data/mini/weights of a clone
 
 
@@ -525,7 +525,7 @@ def fill_token_table(
     table[ids] = rows
     return {**{name: tensor for name, tensor in state.items() if name != "token_ids"}, "token_embedding.weight": table}
 
-# %% ../nbs/10_encoders.ipynb #377d6eda
+# %% ../nbs/10_encoders.ipynb #7ec32d96
 DINOV2_SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
 DINOV2_NAMES = [f"dinov2_vit{size}14{registers}" for size in DINOV2_SIZES for registers in ("", "_reg")]  # its authors'
 
@@ -543,12 +543,14 @@ def timm_name(
 def has_text(
     name: str,  # as `create_encoder` takes it
 ) -> bool:
-    "Whether the encoder of that name has a text tower. Nothing is built or loaded."
+    "Whether the encoder of that name has a text tower. Nothing is built or loaded, but code of one's own is."
+    if is_code(name):
+        return hasattr(load_code(name), "encode_text")
     if own := _own_model(name)[0]:
         return "architecture" not in own
     return name in open_clip.list_models() or not timm.is_model(timm_name(name)[0])
 
-# %% ../nbs/10_encoders.ipynb #8c5ecca0
+# %% ../nbs/10_encoders.ipynb #ae379963
 POSITION_INTERPOLATIONS = ("timm", "hub")
 
 
@@ -568,7 +570,7 @@ def set_image_size(
     grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
     model.pos_embed = nn.Parameter(torch.cat([cls, grid.flatten(2).mT], 1))
 
-# %% ../nbs/10_encoders.ipynb #bbc36626
+# %% ../nbs/10_encoders.ipynb #f3df0d22
 def from_dinov2(
     model: Any,  # timm's DINOv2, of the picture size that the file is for
     state: dict[str, Tensor],
@@ -583,7 +585,7 @@ def from_dinov2(
     check_tensors({k: v for k, v in state.items() if k in shapes or k == "register_tokens"}, shapes, source)
     return checkpoint_filter_fn(dict(state), model)
 
-# %% ../nbs/10_encoders.ipynb #4ca2c1c3
+# %% ../nbs/10_encoders.ipynb #79ef6d64
 def _timm_model(
     architecture: str,
     model_args: dict,
@@ -595,8 +597,15 @@ def _timm_model(
         torch.default_generator.manual_seed(0)
         model = timm.create_model(architecture, num_classes=0, **model_args)
     if dinov2: model.to_empty(device="cpu")
-    if weights is not None: load_weights(model, from_dinov2(model, weights, source) if dinov2 else weights, source)
+    if weights is not None: load_weights(model, from_dinov2(model, weights, source) if dinov2 else _without_classifier(model, weights), source)
     return model
+
+
+def _without_classifier(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    "The weights without those of the layer behind the features, which files of classifiers have and the model has not."
+    heads, expected = model.pretrained_cfg.get("classifier") or (), model.state_dict().keys()
+    heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    return {name: tensor for name, tensor in weights.items() if name in expected or not name.startswith(heads)}
 
 
 def _timm_encoder(
@@ -628,13 +637,76 @@ def _timm_encoder(
         if not model.num_reg_tokens:
             config["position_interpolation"] = position_interpolation or ("hub" if official else "timm")
         set_image_size(model, 224, config.get("position_interpolation", "timm"))
-    side = model.patch_embed.img_size[0]
+    side = model.patch_embed.img_size[0] if hasattr(model, "patch_embed") and hasattr(model.patch_embed, "img_size") else settings["input_size"][-1]
     margin = side * 256 // 224 if not own and (architecture.endswith("_dinov2") or tag == "dino") else None
     preprocess = Preprocess(side, "shortest" if resize == "as trained" else resize, settings["interpolation"], tuple(settings["mean"]),
                             tuple(settings["std"]), margin)
-    return Encoder(name, model, preprocess, model.num_features, config, None, Path(chosen).name, precision, device)
+    return Encoder(name, model, preprocess, getattr(model, "head_hidden_size", model.num_features), config, None, Path(chosen).name, precision, device)
 
-# %% ../nbs/10_encoders.ipynb #c8d49125
+# %% ../nbs/10_encoders.ipynb #dec972d1
+class OwnEncoder(Encoder):
+    "An encoder by code of one's own; `DataError` where what it gives cannot be features."
+
+    def __init__(
+        self,
+        reference: str,  # "path/to/file.py:Name"
+        resize: str = "shortest",
+        device: str | torch.device = "cpu",
+    ):
+        made = load_code(reference)
+        made = made() if isinstance(made, type) else made
+        if not callable(made): raise DataError(f"{reference} cannot be called: an encoder is a function from frames to features, or a class of such")
+        self.reference, self.version, self.sha256 = reference, str(getattr(made, "version", "")), code_sha256(reference)[reference]
+        model = nn.Module()
+        model.made = made  # a part of it, so that its weights count, if it is a module
+        super().__init__(code_name(reference), model, Preprocess(getattr(made, "size", 224), resize),
+                         0, dict(code=self.sha256, version=self.version), None, self.version or "its own", "fp32", device)
+        self.logit_scale = float(getattr(made, "logit_scale", 100.0)) if hasattr(made, "encode_text") else None
+        self._try()
+
+    def _try(self) -> None:
+        "What is wrong with an encoder shows in three frames."
+        size = self.preprocess.size
+        frames = np.stack([np.random.default_rng(0).integers(0, bright, (size, size, 3), np.uint8) for bright in (64, 128, 256)])
+        first, again, fewer = (self.encode_pixels(x) for x in (frames, frames, frames[1:]))
+        self.dim = first.shape[1]
+        if not torch.equal(first, again): raise DataError(f"{self.reference} gives other features for the same frames when it is called again: it must not draw at random")
+        if not torch.allclose(first[1:], fewer, rtol=1e-2, atol=1e-3 * first.abs().max().item()):
+            raise DataError(f"{self.reference} gives other features for a frame that stands among others: each row must follow from its frame alone")
+        if self.logit_scale is not None: self.encode_text(["a cup", "a pan"])
+
+    def _looked_at(self, made: object, n: int, of: str) -> Tensor:  # (n, D) float32 on the device
+        features = torch.from_numpy(made) if isinstance(made, np.ndarray) else made
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != n or not features.shape[1] or self.dim not in (0, features.shape[1]):
+            found = tuple(features.shape) if isinstance(features, Tensor) else type(made).__name__
+            raise DataError(f"{self.reference} gave {found} for {n} {of}, not an array or tensor of shape ({n}, {self.dim or 'D'})")
+        features = features.detach().to(self.device, torch.float32).clone()
+        if not features.isfinite().all(): raise DataError(f"{self.reference} gave features that are not finite for {n} {of}")
+        return features
+
+    def encode_pixels(self, pixels: np.ndarray | Tensor, plain: bool = False) -> Tensor:
+        "Image features (N, D), as the code gives them."
+        pixels = self._checked(pixels).cpu().numpy()
+        if not len(pixels): return torch.empty(0, self.dim, device=self.device)
+        with torch.inference_mode(): made = self.model.made(pixels)
+        return self._looked_at(made, len(pixels), "frames")
+
+    def encode_batch(self, pixels: np.ndarray | Tensor, size: int, record: bool | None = None) -> Tensor:
+        return torch.cat([self.encode_pixels(part) for part in self._checked(pixels).split(size)])
+
+    def encode_text(self, texts: list[str], batch_size: int = 256) -> Tensor:
+        "Text features (C, D), as the code gives them."
+        if self.logit_scale is None or isinstance(texts, str): return super().encode_text(texts)
+        parts = [torch.empty(0, self.dim, device=self.device)]
+        for i in range(0, len(texts), batch_size):
+            with torch.inference_mode(): made = self.model.made.encode_text(list(texts[i:i + batch_size]))
+            parts.append(self._looked_at(made, len(texts[i:i + batch_size]), "texts"))
+        return torch.cat(parts)
+
+    def describe(self) -> dict:
+        return super().describe() | dict(code=self.reference, code_sha256=self.sha256, version=self.version)
+
+# %% ../nbs/10_encoders.ipynb #12844c0c
 class ClipEncoder(Encoder):
     "A LaViLa. N frames are read as N / clip_frames clips of consecutive frames, and give as many features."
 
@@ -697,9 +769,9 @@ def _lavila_encoder(
         model = load_lavila(fill_token_table(state, whole, weights), size, weights, clip_frames)
     return ClipEncoder(name, model, clip_frames, resize, "random" if weights == "random" else Path(weights).name, precision, device)
 
-# %% ../nbs/10_encoders.ipynb #4efb6f96
+# %% ../nbs/10_encoders.ipynb #f42d7831
 def create_encoder(
-    name: str,  # an open_clip or timm model, e.g. "ViT-B-16-quickgelu", one of `DINOV2_NAMES`, "lavila-base", "lavila-large", or one of the kit's, e.g. "mini-clip"
+    name: str,  # an open_clip or timm model, one of `DINOV2_NAMES`, "lavila-base", "lavila-large", the kit's, e.g. "mini-clip", or "path/to/file.py:Name"
     weights: str | Path | None = None,  # a pretrained tag, a weight file, or "random"; None: "openai", timm's first, or the kit's own
     device: str | torch.device | None = None,  # None: cuda where there is one, else cpu
     resize: str = "shortest",  # or "squash", see `Preprocess`, or "as trained"
@@ -708,10 +780,14 @@ def create_encoder(
     clip_frames: int = 1,  # frames that one feature is made from: 1, 2, 4, 8 or 16 for LaViLa, 1 for all others
 ) -> Encoder:
     "A frozen open_clip model, a LaViLa, or a timm model without text, in evaluation mode. Raises `DataError` for unknown names, unfit weights, and downloads that fail."
-    name = name.replace("/", "-")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise DataError(f"device {str(device)!r}, but this machine has no usable CUDA device")
+    if is_code(name):
+        if weights is not None or clip_frames != 1 or position_interpolation:
+            raise DataError(f"{name}: code of your own sees to weights and positions by itself, and reads single frames: leave the settings for them out")
+        return OwnEncoder(name, "shortest" if resize == "as trained" else resize, device)
+    name = name.replace("/", "-")
     if precision == "auto": precision = "bf16" if device.type == "cuda" else "fp32"
     if precision not in PRECISIONS:
         raise DataError(f"precision {precision!r} is not one of 'auto', {', '.join(map(repr, PRECISIONS))}")
@@ -803,7 +879,7 @@ def _read_embeddings(path: Path, names: str, encoder: Encoder) -> Tensor:
         raise DataError(f"it holds {text.dtype} {tuple(text.shape)}, or values that are not finite")
     return text
 
-# %% ../nbs/10_encoders.ipynb #d15d9a12
+# %% ../nbs/10_encoders.ipynb #74862200
 def embed_prompts(
     encoder: Encoder,
     classes: ClassSet,

@@ -10,18 +10,18 @@ __all__ = ['DATASETS', 'PAIR', 'MINI_NOTE', 'PAPER_NOTE', 'MINI_METHODS', 'PAPER
            'cells', 'poster_cells', 'rows_of', 'runs', 'Plan', 'plan', 'annotations', 'failures', 'first_rows',
            'introduction', 'world_size', 'prepare']
 
-# %% ../nbs/31_experiments.ipynb #14565315
+# %% ../nbs/31_experiments.ipynb #f138f217
 import hashlib
 import json
 import os
 import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Sequence
 
 import pandas as pd
 
-from .files import DataError, did_you_mean, from_root, read_json
+from .files import DataError, code_name, code_sha256, did_you_mean, from_root, read_json
 from .paper import PRINTED, printed
 from .segments import _EGO4D_FOLDERS, _EGO4D_SOURCE, _EGTEA_FOLDERS, _EGTEA_SOURCE, _EPIC_FOLDERS, _EPIC_SOURCE, _find, read_segments
 
@@ -61,7 +61,7 @@ class Profile:
     def root(self, dataset: str) -> str:
         return f"{self.data}/{dataset}"
 
-# %% ../nbs/31_experiments.ipynb #fabd7c3e
+# %% ../nbs/31_experiments.ipynb #9dbcff17
 MINI_METHODS: dict[str, dict] = {  # rates: the best of the published one times 1, 4, 16 and 64, see benchmarks/learning_rates.py
     "coop": dict(lr=0.032),
     "cocoop": dict(lr=0.032),
@@ -208,7 +208,7 @@ TITLES = {
     9: "Beyond the paper: what the release does otherwise, one switch at a time",
 }
 
-# %% ../nbs/31_experiments.ipynb #6eb66ce3
+# %% ../nbs/31_experiments.ipynb #121d2c54
 @dataclass(frozen=True)
 class Store:
     "Features, or frames, that a run needs: one split of one dataset by one encoder; one run of a notebook."
@@ -229,12 +229,12 @@ class Run:
 
 
 def _slug(value: Any) -> str:
-    text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = "+".join(map(str, value)) if isinstance(value, list) else code_name(str(value))
     return re.sub(r"[^\w.+]+", "-", text).strip("-")
 
 
 def _store(p: Profile, dataset: str, split: str, role: str, pixels: bool) -> Store:
-    encoder = p.encoders[role]
+    encoder = p.encoders.get(role, dict(encoder=role))
     parameters = dict(dataset=dataset, data_root=p.root(dataset), splits=[split], features_root=p.features_root, **encoder, **p.extract)
     if not pixels:
         return Store(f"{dataset}-{split}-{_slug(encoder['encoder'])}", parameters)
@@ -245,7 +245,7 @@ def run(
     p: Profile,
     source: str,  # "epic" or "ego4d"
     kind: str,  # "noun" or "verb"; a row that sets `labels` itself has one run for both
-    settings: dict[str, Any],  # of the row; encoder and context_encoder are roles of the profile
+    settings: dict[str, Any],  # of the row; encoder and context_encoder are roles of the profile, or names of encoders
     seed: int = 0,
 ) -> Run:
     "The run that one row needs for one source, one kind of label and one seed."
@@ -258,20 +258,22 @@ def run(
     targets = [d for d in (PAIR if {*roles.values()} - {"clip", None} else DATASETS) if d != source]
     if ours.get("lr") == "release":
         ours["lr"] = p.methods.get(method, {}).get("lr", RELEASED_LR)
-    encoders = dict(p.encoders[roles["encoder"]])
+    encoders = dict(p.encoders.get(roles["encoder"], dict(encoder=roles["encoder"])))
     if roles["context_encoder"]:
-        encoders |= {f"context_{k}": v for k, v in p.encoders[roles["context_encoder"]].items()}
+        encoders |= {f"context_{k}": v for k, v in p.encoders.get(roles["context_encoder"], dict(encoder=roles["context_encoder"])).items()}
     parameters = dict(p.train, labels=kind) | p.methods.get(method, {}) | encoders | ours | dict(dataset=source, targets=targets, seed=seed)
+    if code := code_sha256(method, *(parameters.get(f) for f in roles)):
+        parameters["code"] = code
     key = hashlib.sha256(json.dumps({k: v for k, v in parameters.items() if k != "progress"}, sort_keys=True).encode()).hexdigest()[:6]
     apart = [f"{k}={_slug(v)}" for k, v in settings.items() if k not in ("method", "labels")]
-    name = "-".join([source, parameters["labels"], method, *apart, f"seed{parameters['seed']}", key])
+    name = "-".join([source, parameters["labels"], code_name(method), *apart, f"seed{parameters['seed']}", key])
     places = dict(data_root=p.root(source), target_roots={d: p.root(d) for d in targets}, features_root=p.features_root,
                   runs_root=p.runs_root, name=name)
     splits = [(source, "test"), *((d, "test") for d in targets)] + ([] if frozen else [(source, "train")])
     stores = [_store(p, d, s, role, pixels) for role in dict.fromkeys(r for r in roles.values() if r) for d, s in splits]
     return Run(name, parameters | places, tuple(stores))
 
-# %% ../nbs/31_experiments.ipynb #ae931928
+# %% ../nbs/31_experiments.ipynb #37cb7a92
 def columns(
     table: int,
     source: str,
@@ -287,11 +289,12 @@ def cells(
     table: int,
     p: Profile,
     seeds: int = 1,
+    more: Sequence[Row] = (),  # rows of one's own, below the others
 ) -> pd.DataFrame:  # table, source, method, variant, kind, column, dataset, measure, runs
     "Every cell of a table, in printed order."
-    lines = []
-    for source in dict.fromkeys(s for row in rows_of(table) for s in row.sources):
-        for row in rows_of(table):
+    lines, rows = [], [*rows_of(table), *more]
+    for source in dict.fromkeys(s for row in rows for s in row.sources):
+        for row in rows:
             for kind in row.kinds if source in row.sources else ():
                 variant = p.shown.get(row.variant, row.variant)
                 names = list(dict.fromkeys(run(p, source, kind, row.settings, seed).name for seed in range(seeds)))
@@ -457,7 +460,7 @@ def _contents(made: Plan) -> dict[str, str]:  # address -> words
         "#calibration": "Calibration", "#confusions": "What is taken for what"} | ({"clips.html": "Clips: won, lost, and why"} if 1 in made.tables else {}) | {
         "#costs": "What a training step costs", "#encoded": "What was encoded", "#runs": "All runs, for programs"}
 
-# %% ../nbs/31_experiments.ipynb #93e58655
+# %% ../nbs/31_experiments.ipynb #e2ca81ec
 def world_size(
     root: str | Path,  # of a dataset
 ) -> str | None:  # None where it is not of the mini world
@@ -541,7 +544,7 @@ def _extract_missing(config: "TrainConfig", splits: dict[str, list[str]], settin
             before = next(iter(there.values()), {})
             as_before = dict(feature_fps=None if before["feature_fps"] == "every frame" else before["feature_fps"],
                              backend=before["decoder"].split()[0].lower()) if before else {}
-            print(f"{dataset}: {len(left):,} of {len(segments):,} segments have no features by {name} yet; extracting them into {store.root}", flush=True)
+            print(f"{dataset}: {len(left):,} of {len(segments):,} segments have no features by {name} yet; extracting them into {config.features_root}", flush=True)
             extract_dataset(ExtractConfig(**settings | as_before | dict(
                 dataset=dataset, data_root=str(root), splits=which, encoder=name, weights=weights, clip_frames=clip_frames, resize=config.resize,
                 views=["full", "hand"], features_root=config.features_root, device=config.device,

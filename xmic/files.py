@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['brief', 'DataError', 'project_root', 'from_root', 'data_folder', 'cache_folder', 'writable', 'one_at_a_time',
            'remove_leftovers', 'whole_file', 'write_json', 'parse_json', 'read_json', 'read_text', 'read_table',
-           'check_pickle', 'check_archive', 'did_you_mean', 'settings', 'notebook_settings', 'progress_bar']
+           'check_pickle', 'check_archive', 'did_you_mean', 'settings', 'notebook_settings', 'progress_bar', 'is_code',
+           'code_name', 'code_file', 'code_sha256', 'load_code']
 
-# %% ../nbs/00_files.ipynb #e09b5773
+# %% ../nbs/00_files.ipynb #951bf47b
 import difflib
 import errno
+import hashlib
 import io
 import json
 import os
@@ -21,9 +23,10 @@ import sys
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import fields
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from types import UnionType
+from types import ModuleType, UnionType
 from typing import Any, Callable, Iterable, Iterator, get_args, get_origin, get_type_hints
 from zipfile import ZIP_STORED, ZipFile
 
@@ -431,3 +434,62 @@ def progress_bar(
         return tqdm(mininterval=0.5, ncols=columns, nrows=rows, **common)
     plain = "{desc}{n_fmt} of {total_fmt} {unit}s, {elapsed} gone, {remaining} to go{postfix}"
     return tqdm(file=_Lines(lambda line: print(line, file=sys.stderr, flush=True)), mininterval=every, delay=every, bar_format=plain, **common)
+
+# %% ../nbs/00_files.ipynb #3c9b7f78
+_CODE = re.compile(r"(.+\.py):([A-Za-z_]\w*)", re.DOTALL)
+
+
+def is_code(
+    reference: str | Path | None,
+) -> bool:
+    "Whether something names code of one's own, as \"path/to/file.py:Name\". Nothing is read."
+    return _CODE.fullmatch(str(reference)) is not None
+
+
+def code_name(
+    reference: str | Path,  # "path/to/file.py:Name", or any other name
+) -> str:
+    "The name alone."
+    return match[2] if (match := _CODE.fullmatch(str(reference))) else str(reference)
+
+
+def code_file(
+    reference: str | Path,  # "path/to/file.py:Name", the path relative to the project's root
+) -> Path:
+    "The file behind a reference; `DataError` if there is none."
+    match = _CODE.fullmatch(str(reference))
+    path = match and from_root(match[1])
+    if not path or not path.is_file():
+        raise DataError(f"{reference}: there is no file {path}; code of your own is named as 'path/to/file.py:Name', from the project's root" if match else
+                        f"{reference!r} does not name code of your own: that is 'path/to/file.py:Name'")
+    return path
+
+
+def code_sha256(
+    *references: str | Path | None,  # those that name no code of one's own are passed over
+) -> dict[str, str]:  # by reference
+    "The SHA-256 of the files behind references. Files that these import are not in it."
+    return {str(r): hashlib.sha256(code_file(r).read_bytes()).hexdigest() for r in references if is_code(r)}
+
+
+def load_code(
+    reference: str | Path,
+) -> Any:
+    "The object that a reference names. Runs the file, once for each of its versions; `DataError` if the file has no such name."
+    path, name = code_file(reference), code_name(reference)
+    module = _run(path, path.read_bytes())
+    if not hasattr(module, name):
+        raise DataError(f"{path} defines no {name!r}{did_you_mean(name, [n for n in vars(module) if not n.startswith('_')])}")
+    return getattr(module, name)
+
+
+@cache
+def _run(path: Path, source: bytes) -> ModuleType:
+    module = ModuleType(f"{path.stem}_{hashlib.sha256(source).hexdigest()[:12]}")  # in sys.modules, where dataclasses and pickle look for it
+    module.__file__, sys.modules[module.__name__] = str(path), module
+    try:
+        exec(compile(source, path, "exec"), vars(module))
+    except BaseException:
+        del sys.modules[module.__name__]
+        raise
+    return module

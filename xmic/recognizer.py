@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recognition', 'json_rows', 'read_names', 'Recognizer']
 
-# %% ../nbs/27_recognizer.ipynb #c90ea995
+# %% ../nbs/27_recognizer.ipynb #90f26107
 import io
 import re
 import tempfile
@@ -31,10 +31,10 @@ from .classes import ClassSet
 from .clips import READ_AT_ONCE, wanted_frames
 from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts
 from .features import resize_policy
-from .files import DataError, brief, cache_folder, from_root, read_json, read_text, settings, whole_file, write_json
+from .files import DataError, brief, cache_folder, code_name, from_root, read_json, read_text, settings, whole_file, write_json
 from .hands import Box, HandBoxes, HandDetector, on_frame
 from .streams import Batch
-from .training import CONDITIONED, PIXELS, TrainConfig, build_method, load_trained, resolve, text_tower
+from .training import PIXELS, TrainConfig, build_method, load_trained, reads_context, resolve_saved, text_tower
 from .video import VideoInfo, frame_indices, frame_times, iter_frames, probe
 
 # %% ../nbs/27_recognizer.ipynb #d3513df4
@@ -236,7 +236,7 @@ class _Frames:
         small.save(written, "JPEG", quality=80)
         return written.getvalue()
 
-# %% ../nbs/27_recognizer.ipynb #2df6486b
+# %% ../nbs/27_recognizer.ipynb #2dde47a4
 _Saved = dict[str, tuple[TrainConfig, Path]]  # "noun", "verb" -> how the adapter was trained, and its weights
 
 
@@ -244,8 +244,8 @@ def _saved(folder: Path) -> _Saved:
     kept = read_json(folder / "config.json", dict)
     adapters = kept.get("adapters")
     if isinstance(adapters, dict) and adapters and set(adapters) <= {"noun", "verb"} and all(isinstance(c, dict) for c in adapters.values()):
-        return {kind: (resolve(settings(TrainConfig, c)), folder / f"{kind}.safetensors") for kind, c in adapters.items()}
-    run = resolve(settings(TrainConfig, kept))
+        return {kind: (resolve_saved(c), folder / f"{kind}.safetensors") for kind, c in adapters.items()}
+    run = resolve_saved(kept)
     return {kind: (run, folder / "model.safetensors") for kind in (["noun", "verb"] if run.labels == "both" else [run.labels])}
 
 
@@ -333,7 +333,7 @@ def _results(config: TrainConfig, kind: str, known: dict) -> list[dict]:
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise DataError(f"the numbers measured for {kind}s are damaged ({type(e).__name__}: {e}); take the run's folder anew") from None
 
-# %% ../nbs/27_recognizer.ipynb #5dd13758
+# %% ../nbs/27_recognizer.ipynb #354deff3
 def _card_header(name: str, adapters: dict[str, TrainConfig], rows: list[dict], license: str) -> str:
     "The Hub's metadata, YAML between two lines."
     measured = [EvalResult(task_type="video-classification", dataset_type=row["key"], dataset_name=row["dataset"],
@@ -349,10 +349,10 @@ def _training(kind: str, c: TrainConfig, known: dict) -> str:
     recipe = (f"recipe `{c.recipe}`: {c.optimizer}, learning rate {c.lr:g}, {c.epochs} epochs with {c.warmup_epochs} of warm-up, "
               f"batches of {c.batch_size}, seed {c.seed}")
     frames = f"{c.frames} frames of each segment, classified by the {c.classified_view} view" + (
-        f", conditioned on {' and '.join(c.context_views)}" if c.method in CONDITIONED else "")
+        f", conditioned on {' and '.join(c.context_views)}" if reads_context(c) else "")
     versions = ", ".join(f"{n} {v}" for n, v in known.get("versions", {}).items() if v) if isinstance(known.get("versions"), dict) else ""
     parameters = f", {known['parameters']:,} parameters" if isinstance(known.get("parameters"), int) else ""
-    return (f"- **{kind}s**: {_METHODS[c.method]}{parameters}, trained on {_data(c, c.dataset)}. Encoder {encoder}; prompts `{c.template}`; "
+    return (f"- **{kind}s**: {_METHODS.get(c.method) or code_name(c.method)}{parameters}, trained on {_data(c, c.dataset)}. Encoder {encoder}; prompts `{c.template}`; "
             f"{frames}; {recipe}; model selection: {c.selection}." + (
                 f" Run `{c.name}`" if c.name else "") + (f" ({versions})." if versions else "." * bool(c.name)))
 
@@ -418,7 +418,7 @@ def _best(
     places = np.flatnonzero(scores >= least)
     return places[np.argsort(-scores[places], kind="stable")][:top]
 
-# %% ../nbs/27_recognizer.ipynb #4ca16bea
+# %% ../nbs/27_recognizer.ipynb #4032ebe3
 class Recognizer:
     "A frozen CLIP with trained adapters, for videos and class lists of any kind."
 
@@ -638,7 +638,7 @@ class Recognizer:
                 return plain, plain
             if config.method in PIXELS:
                 batch = Batch(frames.pixels(self.encoder, view))
-            if config.method in CONDITIONED:
+            if reads_context(config):
                 batch = Batch(classified, torch.stack([frames.encode(self.context, v) for v in config.context_views], dim=2))
             return score(self.methods[kind], batch), plain
 

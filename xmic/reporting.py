@@ -54,7 +54,7 @@ def plot_history(
     sns.despine(fig)
     return fig
 
-# %% ../nbs/26_reporting.ipynb #43225fed
+# %% ../nbs/26_reporting.ipynb #c1a59f39
 NAMES = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class", "shared": "shared", "novel": "novel"}
 
 
@@ -78,12 +78,12 @@ def plot_accuracies(
             ax.bar(at, own.value, width, label=dataset, color=sns.color_palette()[i],
                    yerr=[own.value - own.low, own.high - own.value], capsize=2)
         ax.set(title=kind, ylabel="per cent", xticks=range(len(names)), ylim=(0, max(1, ax.get_ylim()[1])))
-        ax.set_xticklabels(names, rotation=20)
+        ax.set_xticklabels(names, rotation=20, ha="right", rotation_mode="anchor")
     axes[0][-1].legend(title="evaluated on", loc="upper left", bbox_to_anchor=(1, 1))
     sns.despine(fig)
     return fig
 
-# %% ../nbs/26_reporting.ipynb #6f5cfd89
+# %% ../nbs/26_reporting.ipynb #f1f88925
 def plot_segments(
     run: "RunResult",
     rows: int = 3,  # segments that were recognised, and as many that were not

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'ALIKE', 'PUBLISHED', 'SELECTIONS', 'METHODS', 'UNTRAINED', 'CONDITIONED', 'PROMPTED', 'PIXELS', 'Log',
-           'TrainConfig', 'Backbone', 'build_method', 'text_tower', 'resolve', 'learning_rate', 'epoch_rate', 'Split',
-           'dataset_root', 'RunData', 'loss_and_right', 'subsample', 'DeviceSteps', 'Trainer', 'RunResult', 'run_name',
-           'run_folder', 'provenance', 'pick_device', 'peak_memory', 'held_out_videos', 'Selection', 'test_batches',
-           'evaluate', 'train', 'load_trained', 'restore', 'EvaluateConfig', 'evaluate_run']
+           'TrainConfig', 'Backbone', 'reads_context', 'build_method', 'text_tower', 'resolve', 'resolve_saved',
+           'learning_rate', 'epoch_rate', 'Split', 'dataset_root', 'RunData', 'loss_and_right', 'subsample',
+           'DeviceSteps', 'Trainer', 'RunResult', 'run_name', 'run_folder', 'provenance', 'pick_device', 'peak_memory',
+           'held_out_videos', 'Selection', 'test_batches', 'evaluate', 'check_method', 'train', 'load_trained',
+           'restore', 'EvaluateConfig', 'evaluate_run']
 
-# %% ../nbs/22_training.ipynb #f3ffdf07
+# %% ../nbs/22_training.ipynb #170a2488
 import hashlib
 import json
 import math
@@ -42,10 +43,11 @@ from .distributed import deal, first_ahead, from_first, gather, is_first, mine, 
 from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts, has_text
 from .evaluation import harmonic_means, predict, split_logits, sum_classes, summarise
 from .features import FeatureStore, StoredView, Timed, dataset_store, resize_policy
-from .files import DataError, brief, check_archive, data_folder, did_you_mean, from_root, progress_bar, project_root, read_json, settings, whole_file, write_json
+from .files import (DataError, brief, check_archive, code_file, code_name, code_sha256, data_folder, did_you_mean, from_root, is_code, load_code,
+                        progress_bar, project_root, read_json, settings, whole_file, write_json)
 from .frames import FrameStore, PixelStreams, frames_folder
 from .prompting import A5, POSITIONS, CoCoOp, CoOp, text_once
-from .segments import central_window, read_classes, read_segments
+from .segments import central_window, own_dataset, read_classes, read_segments
 from .streams import Batch, Streams, sample_rows, shift_twice
 from .text import TextTower
 from .vita import VitaCLIP
@@ -72,14 +74,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # of the baselines, in place of X-MIC'
 }
 SELECTIONS = ("last", "source validation", "target (as released)")
 
-# %% ../nbs/22_training.ipynb #e3a89ba0
+# %% ../nbs/22_training.ipynb #fce77b4c
 @dataclass
 class TrainConfig:
     "All settings of a run. A field that is None takes its value from the recipe."
 
     # data
-    dataset: str = "epic"  # source dataset: epic, ego4d, egtea or csv
-    data_root: str | None = None  # its folder; None: XMIC_DATA/<dataset>, or data/<dataset>
+    dataset: str = "epic"  # source dataset: epic, ego4d, egtea, csv, or a name of your own
+    data_root: str | None = None  # its folder, or "reader.py:function" of your own; None: XMIC_DATA/<dataset>, or data/<dataset>
     targets: list[str] = field(default_factory=list)  # datasets to evaluate on besides the source
     target_roots: dict[str, str] = field(default_factory=dict)  # their folders; default: beside data_root
     labels: str = "noun"  # "noun", "verb", or "both" (one adapter for both, losses added)
@@ -88,7 +90,7 @@ class TrainConfig:
     features_root: str = "features"  # folder of the feature stores
     encoder: str | None = None  # CLIP model that classifies, an open_clip name; None: ViT-B-16-quickgelu, or mini-clip on the mini world
     weights: str | None = None  # its pretrained tag, a local file, or "random"; None: OpenAI's
-    context_encoder: str | None = None  # encoder that the adapter reads, with text or without, such as "dinov2_vitl14"; None: the same
+    context_encoder: str | None = None  # encoder that the adapter reads, such as "dinov2_vitl14", or "file.py:Name" of your own; None: the same
     context_weights: str | None = None
     clip_frames: int = 1  # frames that a LaViLa which classifies reads at once, as extracted
     context_clip_frames: int = 1  # the same of context_encoder
@@ -100,7 +102,7 @@ class TrainConfig:
     central_seconds: float | None = None  # of Ego4D's 8 s clips; 0: all
     double_shift: bool = False  # sample the conditioning stream of Ego4D as released, shifted twice
     # method
-    method: str = "xmic"  # "xmic", "zero_shot", "coop", "cocoop", "clip_adapter", "clip_adapter_temporal", "a5" or "vita_clip"
+    method: str = "xmic"  # "xmic", "zero_shot", "coop", "cocoop", "clip_adapter", "clip_adapter_temporal", "a5", "vita_clip", or "file.py:Class" of your own
     recipe: str = "release"  # "release" or "paper"
     spatial_layers: int = 1  # attention between hand crop and full frame
     temporal_layers: int = 2  # attention along time, of X-MIC, CLIP-Adapter* and A5
@@ -159,6 +161,7 @@ class TrainConfig:
     device: str | None = None  # None: a GPU where there is one
     precision: str = "auto"  # "auto" (bf16 on GPU, fp32 on CPU), "fp32" or "bf16"
     resident: bool | None = None  # features on the device; None: where they fit
+    code: dict[str, str] = field(default_factory=dict)  # SHA-256 of the files of your own that take part, by reference; filled in
     progress: bool = True
     tensorboard: bool = False  # event files in the run's folder; needs the extra "tensorboard"
 
@@ -174,7 +177,7 @@ class Backbone:
     encoder: Encoder | None = None  # CLIP itself, for prompts inside its image tower
     names: tuple[str, ...] = ()  # the source's classes, for prompts of single classes
 
-# %% ../nbs/22_training.ipynb #cf1d9d49
+# %% ../nbs/22_training.ipynb #96582f32
 def _xmic(c: TrainConfig, on: Backbone) -> nn.Module:
     return XMIC(on.dim, on.context_dim, logit_scale=on.logit_scale, **{k: getattr(c, k) for k in (
         "frames", "spatial_layers", "temporal_layers", "heads", "merge", "positions", "pool", "post_mlp", "scale",
@@ -222,7 +225,21 @@ CONDITIONED = ("xmic",)  # read a conditioning stream
 PROMPTED = ("coop", "cocoop", "a5", "vita_clip")  # learn prompts: they need the text tower
 PIXELS = ("vita_clip",)  # read frames, where the others read features: they need CLIP itself
 
-# %% ../nbs/22_training.ipynb #b6ab87f9
+
+def reads_context(
+    config: TrainConfig,
+) -> bool:
+    "Whether a run's method is given a conditioning stream: X-MIC is, and any method of one's own, unless `context_views` is empty."
+    return config.method in CONDITIONED or is_code(config.method) and bool(config.context_views)
+
+# %% ../nbs/22_training.ipynb #8a42dd6f
+def _own_method(config: TrainConfig, on: Backbone) -> nn.Module:
+    method = load_code(config.method)(config, on)
+    if not isinstance(method, nn.Module):
+        raise DataError(f"{config.method}: called with config and backbone, it gives a {type(method).__name__}, not a torch.nn.Module")
+    return method
+
+# %% ../nbs/22_training.ipynb #1021ae74
 def build_method(
     config: TrainConfig,  # resolved
     dim: int,  # D, width of CLIP's joint space
@@ -239,7 +256,8 @@ def build_method(
         raise DataError(f"method={config.method!r} reads pixels: build it upon a CLIP (Encoder)")
     if config.prompt_per_class and not names:
         raise DataError("prompts of single classes serve the classes they were learned for alone: their names are needed to build them")
-    return METHODS[config.method](config, Backbone(dim, context_dim, logit_scale, tower, encoder, tuple(names)))
+    make = _own_method if is_code(config.method) else METHODS[config.method]
+    return make(config, Backbone(dim, context_dim, logit_scale, tower, encoder, tuple(names)))
 
 # %% ../nbs/22_training.ipynb #6f71b827
 def text_tower(
@@ -249,7 +267,7 @@ def text_tower(
     "The text tower that a run's method learns prompts for."
     return TextTower(encoder.model, encoder.tokenizer, config.text_memory) if config.method in PROMPTED else None
 
-# %% ../nbs/22_training.ipynb #011af63f
+# %% ../nbs/22_training.ipynb #5463e824
 _CHOICES: dict[str, tuple[str, ...]] = dict(
     recipe=tuple(RECIPES), dataset=("epic", "ego4d", "egtea", "csv"), labels=("noun", "verb", "both"), method=tuple(METHODS), selection=SELECTIONS,
     optimizer=("adamw", "sgd"), schedule=("constant", "cosine"), prompt_position=POSITIONS, adapter_branches=BRANCHES, adapter_average=AVERAGES,
@@ -257,11 +275,19 @@ _CHOICES: dict[str, tuple[str, ...]] = dict(
     resize=("shortest", "squash", "as released", "as trained"))
 
 
+def _own_dataset_faults(config: TrainConfig) -> list[str]:
+    try: own_dataset(config.dataset, data_folder(config.dataset, config.data_root))
+    except DataError as e: return [str(e)]
+    return []
+
+
 def _field_faults(config: TrainConfig) -> list[str]:
     faults = []
     for name, allowed in _CHOICES.items():
         value = getattr(config, name)
-        if value not in allowed:
+        if name == "dataset" and value not in allowed:
+            faults += _own_dataset_faults(config)
+        elif value not in allowed and not (name == "method" and is_code(value)):
             faults.append(f"{name}={value!r} is unknown: {', '.join(map(repr, allowed))}" + did_you_mean(value, allowed))
     for name in ("frames", "epochs", "batch_size", "prompt_length"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
@@ -277,7 +303,7 @@ def _field_faults(config: TrainConfig) -> list[str]:
             faults.append(f"{name}={getattr(config, name)} must be between 0 and 1: it is a share")
     return faults
 
-# %% ../nbs/22_training.ipynb #632fef49
+# %% ../nbs/22_training.ipynb #bb983912
 def _contradictions(config: TrainConfig) -> list[str]:
     faults = []
     if any(prompt.count("{}") != 1 for prompt in config.template.split(" | ")):
@@ -299,7 +325,7 @@ def _contradictions(config: TrainConfig) -> list[str]:
         faults.append(f"double_shift moves the conditioning stream, and {config.method} has none")
     if not has_text(config.encoder):
         faults.append(f"encoder={config.encoder!r} has no text tower, so it cannot tell classes apart: name a CLIP there, and this one as context_encoder")
-    if config.method not in CONDITIONED and config.context_encoder:
+    if not reads_context(config) and config.context_encoder:
         faults.append(f"{config.method} has no conditioning stream: leave context_encoder out")
     if config.context_clip_frames != 1 and not config.context_encoder:
         faults.append(f"context_clip_frames={config.context_clip_frames} belongs to context_encoder, which is not named: the adapter reads what classifies")
@@ -326,16 +352,39 @@ def _prompt_faults(config: TrainConfig) -> list[str]:
                       f"leave targets out")
     return faults
 
-# %% ../nbs/22_training.ipynb #077ef9a0
+# %% ../nbs/22_training.ipynb #b0190353
 def resolve(
     config: TrainConfig,
 ) -> TrainConfig:  # without None in the recipe's fields
     "Fills in the recipe's values and checks the settings. Raises one `DataError` that lists every fault."
     recipe = ALIKE | RECIPES.get(config.recipe, RECIPES["release"]) | PUBLISHED.get(config.method, {})
     config = replace(config, **{k: v for k, v in recipe.items() if getattr(config, k) is None})
+    config = _with_code(config)
     if faults := _field_faults(config) + _contradictions(config):
         raise DataError("these settings cannot be run:\n  " + "\n  ".join(faults))
     return config
+
+
+def _with_code(config: TrainConfig) -> TrainConfig:
+    "The config with the hashes of the code of one's own that takes part. `DataError` if it is not there, has changed since, or lacks the name."
+    code = code_sha256(config.method, config.encoder, config.context_encoder, config.data_root, *(config.target_roots.get(d) for d in config.targets))
+    if changed := [reference for reference in code if config.code.get(reference, code[reference]) != code[reference]]:
+        raise DataError(f"{changed[0]} has changed since these settings were written down: put the file back, or leave `code` out to go on with it as it is")
+    for reference in code: load_code(reference)
+    return replace(config, code=code)
+
+
+def resolve_saved(
+    values: dict[str, Any],  # of a config.json
+) -> TrainConfig:
+    "What a folder from elsewhere says of its adapter, without a look at its data. Raises `DataError` as `resolve` does, and where it would run code."
+    config = settings(TrainConfig, values)
+    if code := next(filter(is_code, (config.method, config.encoder, config.context_encoder)), None):
+        raise DataError(f"this folder names code of its own ({brief(code)}), and nothing is run because a folder says so. If it is a run of yours: "
+                        f"data, method = restore(RunResult.read(folder), device), then Recognizer(data.encoder, {{kind: method}}, {{kind: config}}, data.context)")
+    theirs = dict(dataset=config.dataset, data_root=config.data_root, target_roots=config.target_roots, code=config.code)
+    known = config.dataset if config.dataset in _CHOICES["dataset"] else "csv"
+    return replace(resolve(replace(config, dataset=known, data_root=None, target_roots={}, code={})), **theirs)
 
 # %% ../nbs/22_training.ipynb #4c7e0096
 def learning_rate(
@@ -403,7 +452,7 @@ def _with_features(segments: pd.DataFrame, views: list[StoredView] | list[FrameS
                         f"{views[0].folder.parent}: run nbs/{notebook}.ipynb with dataset={dataset!r} and these encoders and views first")
     return segments[held].reset_index(drop=True)
 
-# %% ../nbs/22_training.ipynb #dcd03366
+# %% ../nbs/22_training.ipynb #4b740753
 class RunData:
     "Everything that a run reads: encoders, class sets, class embeddings, segments and features."
 
@@ -441,7 +490,7 @@ class RunData:
         if c.method in PIXELS:
             return self._pixel_split(dataset, split, segments)
         video = self.store(self.encoder, dataset).view(c.classified_view)
-        context = [self.store(self.context, dataset).view(v) for v in c.context_views] if c.method in CONDITIONED else []
+        context = [self.store(self.context, dataset).view(v) for v in c.context_views] if reads_context(c) else []
         found = _with_features(segments, [video, *context], dataset, split)
         return self._sampled(found, Streams(video, context, found.segment_id.tolist(), self.device, c.resident), dataset, len(segments))
 
@@ -468,7 +517,7 @@ class RunData:
             return build_method(self.config, self.encoder.dim, self.context.dim, float(self.encoder.logit_scale),
                                 text_tower(self.config, self.encoder), sum_classes(self.text[self.config.dataset]).names, self.encoder)
 
-# %% ../nbs/22_training.ipynb #73766d5f
+# %% ../nbs/22_training.ipynb #0903c813
 def loss_and_right(
     logits: dict[str, Tensor],  # by kind: (B, C)
     labels: dict[str, Tensor],  # by kind: (B,)
@@ -547,7 +596,7 @@ class DeviceSteps:
             self.graph = False
         return 3
 
-# %% ../nbs/22_training.ipynb #1325c97e
+# %% ../nbs/22_training.ipynb #a1238365
 def _optimizer(c: TrainConfig, trained: list[nn.Parameter], device: torch.device, graph: bool) -> torch.optim.Optimizer:
     fused = device.type in ("cpu", "cuda") and c.method not in PROMPTED
     if c.optimizer == "sgd":
@@ -583,7 +632,7 @@ def _fits(state: dict, optimizer: torch.optim.Optimizer) -> bool:
     return same and all(value.shape in (torch.Size(), trained[i].shape) for i, values in state["state"].items() for value in values.values()
                         if isinstance(value, Tensor))
 
-# %% ../nbs/22_training.ipynb #ed4b8c15
+# %% ../nbs/22_training.ipynb #d5d2e498
 @dataclass
 class Trainer:
     "A method, its optimiser, and what it is trained on."
@@ -599,7 +648,7 @@ class Trainer:
         c = self.config
         self.method.to(self.device)
         self.trained = [p for p in self.method.parameters() if p.requires_grad]
-        graph = self.on_device and self.device.type == "cuda" and c.optimizer == "adamw" and c.method not in PROMPTED and \
+        graph = self.on_device and self.device.type == "cuda" and c.optimizer == "adamw" and c.method not in PROMPTED and not is_code(c.method) and \
             (os.environ.get("XMIC_CUDA_GRAPHS") != "0" if self.graph is None else self.graph)
         self.optimizer = _optimizer(c, self.trained, self.device, graph)
         self.device_steps = DeviceSteps(self.device_step, torch.zeros(2, device=self.device), graph)
@@ -778,15 +827,15 @@ class RunResult:
                                  **{name: v["value"] for name, v in values.items()}))
         return pd.DataFrame(rows)
 
-# %% ../nbs/22_training.ipynb #cbc7c88a
+# %% ../nbs/22_training.ipynb #e332ada6
 def run_name(
     config: TrainConfig,  # resolved
 ) -> str:
     "A readable folder name that differs whenever a setting differs that changes the result."
     apart = ("name", "runs_root", "progress", "tensorboard", "resident", "device", "data_root", "target_roots", "features_root")
-    later = ("clip_frames", "context_clip_frames")  # fields newer than some runs, which they must not rename
-    key = json.dumps({k: v for k, v in asdict(config).items() if k not in apart and not (k in later and v == getattr(TrainConfig, k))}, sort_keys=True)
-    return f"{config.dataset}-{config.labels}-{config.method}-seed{config.seed}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    later = ("clip_frames", "context_clip_frames", "code")  # fields newer than some runs, which they must not rename
+    key = json.dumps({k: v for k, v in asdict(config).items() if k not in apart and not (k in later and v == getattr(TrainConfig(), k))}, sort_keys=True)
+    return f"{config.dataset}-{config.labels}-{code_name(config.method)}-seed{config.seed}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
 def run_folder(
@@ -890,7 +939,7 @@ def _in_order(tables: list[pd.DataFrame], order: np.ndarray) -> pd.DataFrame:
     place[order] = np.arange(len(order))
     return pd.concat(tables).sort_values("position", key=lambda p: place[p], ignore_index=True)
 
-# %% ../nbs/22_training.ipynb #ae957252
+# %% ../nbs/22_training.ipynb #e597bce9
 def _claim(folder: Path, config: TrainConfig) -> None:
     "Makes the run's folder; refuses one that holds a run with other settings."
     path, ours = folder / "config.json", asdict(config)
@@ -900,7 +949,39 @@ def _claim(folder: Path, config: TrainConfig) -> None:
             raise DataError(f"{folder} holds a run with other settings ({', '.join(f'{k}: {theirs.get(k)!r}, now {ours[k]!r}' for k in other[:5])}): "
                             f"choose another name, or delete it")
     else:
+        for reference, sha256 in config.code.items():
+            with whole_file(_kept(folder, reference, sha256)) as part:
+                part.write_bytes(code_file(reference).read_bytes())
         write_json(path, ours)
+
+
+def _kept(folder: Path, reference: str, sha256: str) -> Path:
+    "Where a run keeps a file of one's own as it was when it was trained."
+    return folder / "code" / f"{Path(reference.rpartition(':')[0]).stem}-{sha256[:8]}.py"
+
+# %% ../nbs/22_training.ipynb #bc14b4f6
+def check_method(
+    method: nn.Module,
+    config: TrainConfig,  # resolved
+    tests: dict[str, Split],  # by dataset, the source first
+    text: dict[str, dict[str, ClassEmbeddings]],  # by dataset and kind
+) -> None:
+    "`DataError` unless the method gives finite logits (B, C) for the classes of each dataset, which what it trains has a part in."
+    if odd := [name for name, value in method.state_dict().items() if not isinstance(value, Tensor)]:
+        raise DataError(f"{config.method}: its state holds {odd[0]!r}, which is no tensor and cannot be saved as safetensors")
+    method.eval()
+    for dataset, split in tests.items():
+        classes, some = sum_classes(text[dataset]), np.arange(min(3, len(split.segments)))
+        _, batch = next(iter(test_batches(split, config, some)))
+        logits = method(batch, classes)
+        found = f"{tuple(logits.shape)} of {logits.dtype}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        if not isinstance(logits, Tensor) or logits.shape != (len(some), len(classes)) or not logits.is_floating_point():
+            raise DataError(f"{config.method} gave {found} for {len(some)} segments and the {len(classes)} classes of {dataset}: method(batch, classes) must give "
+                            f"floating-point logits of shape ({len(some)}, {len(classes)}), whatever classes it is asked about")
+        if not logits.isfinite().all():
+            raise DataError(f"{config.method} gave logits for {dataset} that are not finite, before it was trained")
+        if trained_parameters(method) and not logits.requires_grad:
+            raise DataError(f"{config.method}: none of the {trained_parameters(method):,} numbers that it trains has a part in its logits")
 
 # %% ../nbs/22_training.ipynb #4c220de5
 Log = Callable[[str, dict[str, float], int], None]  # group, values by name, epoch
@@ -993,7 +1074,7 @@ def _evaluate_all(config: TrainConfig, folder: Path, data: RunData, tests: dict[
         segments={d: dict(segments=s.total, with_features=len(s.segments), missing=s.total - len(s.segments)) for d, s in tests.items()},
         features={d: {f"{v.folder.name} {v.manifest['fingerprint']}": v.manifest for v in s.streams.views} for d, s in tests.items()})
 
-# %% ../nbs/22_training.ipynb #45b28052
+# %% ../nbs/22_training.ipynb #63f37a93
 def train(
     config: TrainConfig,
     data: RunData | None = None,  # what it reads, where that is there already
@@ -1012,8 +1093,10 @@ def train(
     tests = {d: data.split(d, "test") for d in [config.dataset, *config.targets]}
     history: list[dict] = []
     method, selected = data.method().to(device), None
+    if is_code(config.method):
+        check_method(method, config, tests, data.text)
     with _event_files(config, folder) as log:
-        if config.method not in UNTRAINED:
+        if config.method not in UNTRAINED and trained_parameters(method):
             method, selected, history = _fit(config, folder, data, tests, method, log)
         metrics = _evaluate_all(config, folder, data, tests, method)
         for dataset, kinds in metrics["results"].items():
@@ -1029,12 +1112,12 @@ def train(
 def _finish(folder: Path, method: nn.Module, metrics: dict) -> RunResult:
     "Writes what a run leaves; the checkpoint goes last."
     with whole_file(folder / "model.safetensors") as part:
-        save_file({k: v.contiguous().cpu() for k, v in method.state_dict().items()}, part)
+        save_file({k: v.contiguous().cpu().clone() for k, v in method.state_dict().items()}, part)
     write_json(folder / "metrics.json", metrics)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return RunResult.read(folder)
 
-# %% ../nbs/22_training.ipynb #de2b80df
+# %% ../nbs/22_training.ipynb #f8e26757
 def load_trained(
     method: nn.Module,
     path: str | Path,  # model.safetensors of a run
@@ -1047,24 +1130,35 @@ def load_trained(
         raise DataError(f"{path}: not the weights of this run ({type(e).__name__}: {brief(' '.join(str(e).split()), 300)}); it may be cut short") from None
 
 
+def _method_of(run: RunResult) -> str:
+    "The method of a run, by the code that it was trained with, if that is one's own."
+    method, sha256 = run.config.method, run.config.code.get(run.config.method)
+    if not is_code(method) or not sha256:
+        return method
+    kept = f"{_kept(run.folder, method, sha256)}:{code_name(method)}"
+    if code_sha256(kept)[kept] != sha256:
+        raise DataError(f"{kept}: this is not the file that the run was trained with; its SHA-256 was {sha256}")
+    return kept
+
+
 def restore(
     run: RunResult,
     device: torch.device,
 ) -> tuple[RunData, nn.Module]:
-    "The data of a finished run, and its method with the trained weights."
-    data = RunData(run.config, device)
+    "The data of a finished run, and its method with the trained weights; one of one's own from the file that the run keeps."
+    data = RunData(replace(run.config, method=_method_of(run)), device)
     method = data.method()
     load_trained(method, run.folder / "model.safetensors")
     return data, method.to(device).eval()
 
-# %% ../nbs/22_training.ipynb #b1b10ebd
+# %% ../nbs/22_training.ipynb #6b4758e1
 @dataclass
 class EvaluateConfig:
     "Where to evaluate a finished run."
 
     run: str | None = None  # folder of a finished run
-    datasets: list[str] = field(default_factory=list)  # epic, ego4d, egtea, csv; none: where it was evaluated
-    roots: dict[str, str] = field(default_factory=dict)  # folders of the datasets; default: as in the run, or beside its source
+    datasets: list[str] = field(default_factory=list)  # epic, ego4d, egtea, csv, or a name of your own; none: where it was evaluated
+    roots: dict[str, str] = field(default_factory=dict)  # their folders, or "reader.py:function" of your own; default: as in the run, or beside its source
     template: str | None = None  # prompt around each class name; None: the run's
     features_root: str | None = None  # folder of the feature stores; None: the run's
     device: str | None = None  # None: a GPU where there is one
@@ -1081,6 +1175,7 @@ def evaluate_run(
     targets = [d for d in config.datasets if d != source] or ([] if config.datasets else c.targets)
     c = replace(c, targets=targets, target_roots=c.target_roots | config.roots, template=config.template or c.template,
                 data_root=config.roots.get(source, c.data_root), features_root=config.features_root or c.features_root)
+    c = replace(c, code=c.code | code_sha256(c.data_root, *(c.target_roots.get(d) for d in targets)))
     if faults := _prompt_faults(c):
         raise DataError("the run cannot be evaluated with these settings:\n  " + "\n  ".join(faults))
     key = hashlib.sha256(json.dumps([c.targets, c.template, c.target_roots, c.features_root]).encode()).hexdigest()[:8]
