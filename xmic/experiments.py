@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from .files import DataError, did_you_mean, from_root, read_json
+from .files import DataError, did_you_mean, features_folder, from_root, read_json
 from .paper import PRINTED, printed
 from .segments import _EGO4D_FOLDERS, _EGO4D_SOURCE, _EGTEA_FOLDERS, _EGTEA_SOURCE, _EPIC_FOLDERS, _EPIC_SOURCE, _find, read_segments
 
@@ -532,7 +532,7 @@ def _extract_missing(config: "TrainConfig", splits: dict[str, list[str]], settin
     for (name, weights, clip_frames), views in wanted.items():
         encoder = create_encoder(name, weights, config.device, precision=config.encoder_precision, clip_frames=clip_frames)
         for dataset, which in splits.items():
-            (root, segments), store = found[dataset], dataset_store(from_root(config.features_root), encoder, config.resize, dataset)
+            (root, segments), store = found[dataset], dataset_store(features_folder(config.features_root), encoder, config.resize, dataset)
             there = store.manifest
             left = segments if views - set(there) else segments[segments.segment_id.isin(
                 store.missing(segments, sorted(views)).query("cause == 'not extracted yet'").segment_id)]

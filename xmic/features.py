@@ -34,7 +34,7 @@ from torch import Tensor
 from .clips import Clip, ClipTask, Failed, Pixels, clip_pixels
 from .distributed import deal_videos
 from .encoders import Encoder, create_encoder
-from .files import DataError, brief, data_folder, from_root, one_at_a_time, parse_json, progress_bar, read_json, remove_leftovers, whole_file, writable, write_json
+from .files import DataError, brief, data_folder, features_folder, from_root, one_at_a_time, parse_json, progress_bar, read_json, remove_leftovers, whole_file, writable, write_json
 from .hands import HandBoxes
 from .segments import read_segments
 from .video import DecodePool, WorkerKilled, decoder_version
@@ -732,7 +732,7 @@ class ExtractConfig:
     object_threshold: float = 0.01
     max_gap: int = 0  # frames that a box may be carried over to its neighbours; 0: not at all, as released
     feature_fps: float | None = None  # frames per second to encode; None: every frame, as released
-    features_root: str = "features"
+    features_root: str = "features"  # folder of the stores; by default in XMIC_CACHE, where that is set
     workers: int | None = None  # decoding processes; None: one less than there are cores, at least 1
     world: int = 1  # parts that the videos are extracted in, each by a process of its own
     rank: int | None = None  # which part this is, from 0
@@ -797,7 +797,7 @@ def extract_dataset(
         warnings.warn(f"no hand boxes in {root}: the hand view will hold whole frames (see data/README.md for where boxes are expected)")
     encoder = create_encoder(config.encoder, config.weights, config.device, precision=config.precision, clip_frames=config.clip_frames)
     encoder = encoder.with_resize(resize_policy(config.resize, config.dataset))
-    store = dataset_store(from_root(config.features_root), encoder, config.resize, config.dataset)
+    store = dataset_store(features_folder(config.features_root), encoder, config.resize, config.dataset)
     if config.repair:
         store.repair()
     workers = max(1, (os.cpu_count() or 2) - 1) if config.workers is None else config.workers

@@ -42,7 +42,7 @@ from .distributed import deal, first_ahead, from_first, gather, is_first, mine, 
 from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts, has_text
 from .evaluation import harmonic_means, predict, split_logits, sum_classes, summarise
 from .features import FeatureStore, StoredView, Timed, dataset_store, resize_policy
-from .files import DataError, brief, check_archive, data_folder, did_you_mean, from_root, progress_bar, project_root, read_json, settings, whole_file, write_json
+from .files import DataError, brief, check_archive, data_folder, did_you_mean, features_folder, from_root, progress_bar, project_root, read_json, settings, whole_file, write_json
 from .frames import FrameStore, PixelStreams, frames_folder
 from .prompting import A5, POSITIONS, CoCoOp, CoOp, text_once
 from .segments import central_window, read_classes, read_segments
@@ -85,7 +85,7 @@ class TrainConfig:
     labels: str = "noun"  # "noun", "verb", or "both" (one adapter for both, losses added)
     template: str = "{}"  # prompt around each class name, or several, separated by " | ", whose embeddings are averaged
     # features
-    features_root: str = "features"  # folder of the feature stores
+    features_root: str = "features"  # folder of the feature stores; by default in XMIC_CACHE, where that is set
     encoder: str | None = None  # CLIP model that classifies, an open_clip name; None: ViT-B-16-quickgelu, or mini-clip on the mini world
     weights: str | None = None  # its pretrained tag, a local file, or "random"; None: OpenAI's
     context_encoder: str | None = None  # encoder that the adapter reads, with text or without, such as "dinov2_vitl14"; None: the same
@@ -422,7 +422,7 @@ class RunData:
 
     @property
     def features(self) -> Path:
-        return from_root(self.config.features_root)
+        return features_folder(self.config.features_root)
 
     def embed(self, classes: ClassSet) -> ClassEmbeddings:
         "The frozen text embeddings of a class set, from the cache where they have been made before."
