@@ -34,7 +34,8 @@ from torch import Tensor
 from .clips import Clip, ClipTask, Failed, Pixels, clip_pixels
 from .distributed import deal_videos
 from .encoders import Encoder, create_encoder
-from .files import DataError, brief, data_folder, features_folder, from_root, one_at_a_time, parse_json, progress_bar, read_json, remove_leftovers, whole_file, writable, write_json
+from .files import DataError, brief, data_folder, features_folder, from_root, one_at_a_time, parse_json, progress_bar, read_json, \
+    remove_leftovers, whole_file, writable, write_json
 from .hands import HandBoxes
 from .segments import read_segments
 from .video import DecodePool, WorkerKilled, decoder_version

@@ -42,7 +42,8 @@ from .distributed import deal, first_ahead, from_first, gather, is_first, mine, 
 from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts, has_text
 from .evaluation import harmonic_means, predict, split_logits, sum_classes, summarise
 from .features import FeatureStore, StoredView, Timed, dataset_store, resize_policy
-from .files import DataError, brief, check_archive, data_folder, did_you_mean, features_folder, from_root, progress_bar, project_root, read_json, settings, whole_file, write_json
+from .files import DataError, brief, check_archive, data_folder, did_you_mean, features_folder, from_root, progress_bar, project_root, \
+    read_json, settings, whole_file, write_json
 from .frames import FrameStore, PixelStreams, frames_folder
 from .prompting import A5, POSITIONS, CoCoOp, CoOp, text_once
 from .segments import central_window, read_classes, read_segments
