@@ -6,7 +6,7 @@ from typing import Iterator
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-for name in ("XMIC_ROOT", "XMIC_DATA"):  # whoever runs the tests may have data of their own
+for name in ("XMIC_ROOT", "XMIC_DATA", "XMIC_CACHE"):  # whoever runs the tests may have data of their own
     os.environ.pop(name, None)
 
 

@@ -10,7 +10,7 @@ import pytest
 from nbclient import NotebookClient
 
 from xmic.features import ExtractConfig, hand_boxes
-from xmic.files import data_folder, from_root, project_root
+from xmic.files import data_folder, features_folder, from_root, project_root
 from xmic.training import TrainConfig, dataset_root
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,6 +74,15 @@ def test_datasets_lie_where_the_environment_says(monkeypatch, tmp_path):
     assert hand_boxes(ExtractConfig(dataset="csv")) is not None
     monkeypatch.setenv("XMIC_DATA", "")
     assert data_folder("epic") == project_root() / "data/epic"
+
+
+def test_features_are_kept_where_the_environment_says(monkeypatch, tmp_path):
+    assert features_folder() == features_folder("features") == project_root() / "features"
+    monkeypatch.setenv("XMIC_CACHE", str(tmp_path))
+    assert features_folder() == features_folder("features") == tmp_path / "features"
+    assert features_folder("features/mini") == project_root() / "features/mini" and features_folder("/own") == Path("/own")  # what is named goes before
+    monkeypatch.setenv("XMIC_CACHE", "")
+    assert features_folder() == project_root() / "features"
 
 
 def test_outside_a_checkout_the_root_is_where_the_process_stands(tmp_path):

@@ -120,9 +120,10 @@ if __name__ == "__main__":
     assert sorted(found.nouns.name) == ["knife", "pan"], found
     print(run.folder.parent)
 """
-    done = outside(tmp_path, installed, code)
+    done = outside(tmp_path, installed, code, XMIC_CACHE=str(tmp_path / "disk"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(tmp_path / "runs") and {p.name for p in tmp_path.iterdir()} == {"mine", "models", "features", "runs"}
+    assert done.stdout.strip() == str(tmp_path / "runs") and {p.name for p in tmp_path.iterdir()} == {"mine", "models", "disk", "runs"}
+    assert {p.name for p in (tmp_path / "disk").iterdir()} == {"features"} and list((tmp_path / "disk").rglob("text/*"))
 
 
 def test_the_mini_world_without_its_extra_and_its_encoders_says_what_to_install(installed, tmp_path):

@@ -100,7 +100,9 @@ def _attend(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:  # (N, S, d) -> (
 class _Attention(nn.MultiheadAttention):
     "For its callers in image towers: batch first, no mask, no dropout, and no attention weights returned."
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: None = None) -> tuple[Tensor, None]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: None = None,
+    ) -> tuple[Tensor, None]:
         if query is key: return _attend(self, key), None
         width = self.embed_dim
         q = linear(query, self.in_proj_weight[:width], self.in_proj_bias[:width]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

@@ -585,7 +585,7 @@ def from_dinov2(
     check_tensors({k: v for k, v in state.items() if k in shapes or k == "register_tokens"}, shapes, source)
     return checkpoint_filter_fn(dict(state), model)
 
-# %% ../nbs/10_encoders.ipynb #79ef6d64
+# %% ../nbs/10_encoders.ipynb #0b916dcc
 def _timm_model(
     architecture: str,
     model_args: dict,
@@ -603,7 +603,8 @@ def _timm_model(
 
 def _without_classifier(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     "The weights without those of the layer behind the features, which files of classifiers have and the model has not."
-    heads, expected = model.pretrained_cfg.get("classifier") or (), model.state_dict().keys()
+    pretrained: Any = model.pretrained_cfg
+    heads, expected = pretrained.get("classifier") or (), model.state_dict().keys()
     heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
     return {name: tensor for name, tensor in weights.items() if name in expected or not name.startswith(heads)}
 

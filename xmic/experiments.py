@@ -10,7 +10,7 @@ __all__ = ['DATASETS', 'PAIR', 'MINI_NOTE', 'PAPER_NOTE', 'MINI_METHODS', 'PAPER
            'cells', 'poster_cells', 'rows_of', 'runs', 'Plan', 'plan', 'annotations', 'failures', 'first_rows',
            'introduction', 'world_size', 'prepare']
 
-# %% ../nbs/31_experiments.ipynb #f138f217
+# %% ../nbs/31_experiments.ipynb #829d6a9b
 import hashlib
 import json
 import os
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Sequence
 
 import pandas as pd
 
-from .files import DataError, code_name, code_sha256, did_you_mean, from_root, read_json
+from .files import DataError, code_name, code_sha256, did_you_mean, features_folder, from_root, read_json
 from .paper import PRINTED, printed
 from .segments import _EGO4D_FOLDERS, _EGO4D_SOURCE, _EGTEA_FOLDERS, _EGTEA_SOURCE, _EPIC_FOLDERS, _EPIC_SOURCE, _find, read_segments
 
@@ -460,7 +460,7 @@ def _contents(made: Plan) -> dict[str, str]:  # address -> words
         "#calibration": "Calibration", "#confusions": "What is taken for what"} | ({"clips.html": "Clips: won, lost, and why"} if 1 in made.tables else {}) | {
         "#costs": "What a training step costs", "#encoded": "What was encoded", "#runs": "All runs, for programs"}
 
-# %% ../nbs/31_experiments.ipynb #e2ca81ec
+# %% ../nbs/31_experiments.ipynb #2ac7550c
 def world_size(
     root: str | Path,  # of a dataset
 ) -> str | None:  # None where it is not of the mini world
@@ -535,7 +535,7 @@ def _extract_missing(config: "TrainConfig", splits: dict[str, list[str]], settin
     for (name, weights, clip_frames), views in wanted.items():
         encoder = create_encoder(name, weights, config.device, precision=config.encoder_precision, clip_frames=clip_frames)
         for dataset, which in splits.items():
-            (root, segments), store = found[dataset], dataset_store(from_root(config.features_root), encoder, config.resize, dataset)
+            (root, segments), store = found[dataset], dataset_store(features_folder(config.features_root), encoder, config.resize, dataset)
             there = store.manifest
             left = segments if views - set(there) else segments[segments.segment_id.isin(
                 store.missing(segments, sorted(views)).query("cause == 'not extracted yet'").segment_id)]

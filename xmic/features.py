@@ -7,7 +7,7 @@ __all__ = ['IN_FLIGHT', 'write_shard', 'read_shard', 'shard_name', 'read_checked
            'ExtractReport', 'manifest_of', 'file_size', 'Timed', 'extract', 'ExtractConfig', 'resize_policy',
            'dataset_store', 'hand_boxes', 'extract_dataset']
 
-# %% ../nbs/13_features.ipynb #28752754
+# %% ../nbs/13_features.ipynb #e5ecae6d
 import hashlib
 import json
 import os
@@ -34,12 +34,13 @@ from torch import Tensor
 from .clips import Clip, ClipTask, Failed, Pixels, clip_pixels
 from .distributed import deal_videos
 from .encoders import Encoder, create_encoder
-from .files import DataError, brief, data_folder, from_root, one_at_a_time, parse_json, progress_bar, read_json, remove_leftovers, whole_file, writable, write_json
+from .files import DataError, brief, data_folder, features_folder, from_root, one_at_a_time, parse_json, progress_bar, read_json, \
+    remove_leftovers, whole_file, writable, write_json
 from .hands import HandBoxes
 from .segments import read_segments
 from .video import DecodePool, WorkerKilled, decoder_version
 
-# %% ../nbs/13_features.ipynb #f5d155c8
+# %% ../nbs/13_features.ipynb #b7d3551d
 def write_shard(
     path: Path,  # <video>.safetensors
     segments: list[tuple[str, Tensor, np.ndarray]],  # segment id, (n, D) features, (n,) frame numbers
@@ -123,7 +124,7 @@ def _shard_fault(
         return str(e)
     return None if features.isfinite().all() else f"{path}: holds values that are not finite: {_repair_of(path)}"
 
-# %% ../nbs/13_features.ipynb #f7ae63e8
+# %% ../nbs/13_features.ipynb #269bc349
 def _describes(entry: Any, size: int | None) -> bool:
     "Whether an entry of index.json is of a shard of so many bytes."
     with suppress(ValueError):
@@ -228,7 +229,7 @@ def _width(path: Path, manifest: Any) -> int:
         raise DataError(f"{path} does not say how wide its features are (dim): it is no manifest of a feature store; "
                         f"move {path.parent} away and extract again") from None
 
-# %% ../nbs/13_features.ipynb #db74005c
+# %% ../nbs/13_features.ipynb #2090b421
 def _failure(line: bytes) -> dict | None:  # None: not a line of failures.jsonl
     with suppress(DataError):
         record = parse_json(line, "failures.jsonl", dict)
@@ -338,7 +339,7 @@ def _no_view(root: Path, name: str, views: list[str]) -> DataError:
     return DataError(f"{root} holds no view {name!r} (it holds: {', '.join(views) or 'nothing'}); run nbs/extract.ipynb "
                      f"for it first" + (f", or use the settings of one of these encoders, which have it: {', '.join(others)}" if others else ""))
 
-# %% ../nbs/13_features.ipynb #6a370b51
+# %% ../nbs/13_features.ipynb #b53e82e7
 class FeatureStore:
     "Frame features of one dataset by one encoder, in several views."
 
@@ -525,7 +526,7 @@ def _add_to_shard(
             kept = [(i, f.clone(), n.numpy().copy()) for i, f, n in parts if i not in new]
         write_shard(path, kept + [(c.segment_id, features[torch.from_numpy(c.rows[view])], c.frames) for c in clips])
 
-# %% ../nbs/13_features.ipynb #d95ec19c
+# %% ../nbs/13_features.ipynb #6b0bef36
 class _Video:
     "What is known of one video so far; its shards are written when all of its crops are encoded."
 
@@ -669,7 +670,7 @@ def _encode_videos(
         store_whole()
     report.waiting = items.waited
 
-# %% ../nbs/13_features.ipynb #07e18c87
+# %% ../nbs/13_features.ipynb #6b80b729
 def extract(
     segments: pd.DataFrame,  # as the readers of `segments` give them
     encoder: Encoder | Sequence[Encoder],  # one or several; one decode feeds them all
@@ -714,7 +715,7 @@ def extract(
     report.seconds = time.perf_counter() - begin
     return report
 
-# %% ../nbs/13_features.ipynb #1ab1a7f8
+# %% ../nbs/13_features.ipynb #8311f18a
 @dataclass
 class ExtractConfig:
     "All settings of an extraction."
@@ -732,7 +733,7 @@ class ExtractConfig:
     object_threshold: float = 0.01
     max_gap: int = 0  # frames that a box may be carried over to its neighbours; 0: not at all, as released
     feature_fps: float | None = None  # frames per second to encode; None: every frame, as released
-    features_root: str = "features"
+    features_root: str = "features"  # folder of the stores; by default in XMIC_CACHE, where that is set
     workers: int | None = None  # decoding processes; None: one less than there are cores, at least 1
     world: int = 1  # parts that the videos are extracted in, each by a process of its own
     rank: int | None = None  # which part this is, from 0
@@ -762,7 +763,7 @@ def dataset_store(
     "Where the features of a dataset by an encoder lie."
     return FeatureStore(Path(features_root) / encoder.with_resize(resize_policy(resize, dataset)).fingerprint / dataset)
 
-# %% ../nbs/13_features.ipynb #16d50265
+# %% ../nbs/13_features.ipynb #8857e3eb
 def hand_boxes(
     config: ExtractConfig,
 ) -> HandBoxes | None:  # None where a dataset comes without any and none are named
@@ -789,7 +790,7 @@ def hand_boxes(
         return HandBoxes.from_epic(place, max_gap=config.max_gap, **thresholds)
     return HandBoxes.from_100doh(place, max_gap=config.max_gap, **thresholds)
 
-# %% ../nbs/13_features.ipynb #558790ba
+# %% ../nbs/13_features.ipynb #1e3de6c3
 def extract_dataset(
     config: ExtractConfig,
 ) -> tuple[FeatureStore, ExtractReport]:
@@ -801,7 +802,7 @@ def extract_dataset(
         warnings.warn(f"no hand boxes in {root}: the hand view will hold whole frames (see data/README.md for where boxes are expected)")
     encoder = create_encoder(config.encoder, config.weights, config.device, precision=config.precision, clip_frames=config.clip_frames)
     encoder = encoder.with_resize(resize_policy(config.resize, config.dataset))
-    store = dataset_store(from_root(config.features_root), encoder, config.resize, config.dataset)
+    store = dataset_store(features_folder(config.features_root), encoder, config.resize, config.dataset)
     if config.repair:
         store.repair()
     workers = max(1, (os.cpu_count() or 2) - 1) if config.workers is None else config.workers

@@ -31,7 +31,7 @@ from .clips import Clip, ClipTask, Failed, Pixels, clip_pixels
 from .distributed import deal_videos
 from .encoders import create_encoder
 from .features import ExtractConfig, ExtractReport, FailureLog, Timed, file_size, hand_boxes, resize_policy, shard_name
-from .files import DataError, brief, data_folder, from_root, parse_json, progress_bar, read_json, whole_file, write_json
+from .files import DataError, brief, data_folder, features_folder, parse_json, progress_bar, read_json, whole_file, write_json
 from .hands import HandBoxes
 from .pixels import Preprocess
 from .segments import read_segments
@@ -345,7 +345,7 @@ def store_dataset(
     preprocess = create_encoder(config.encoder, config.weights, "cpu").with_resize(resize_policy(config.resize, config.dataset)).preprocess
     workers = max(1, (os.cpu_count() or 2) - 1) if config.workers is None else config.workers
     own = deal_videos(segments, config.rank, config.world)
-    return store_frames(own, frames_folder(from_root(config.features_root), preprocess, config.dataset, view), preprocess, view,
+    return store_frames(own, frames_folder(features_folder(config.features_root), preprocess, config.dataset, view), preprocess, view,
                         hand_boxes(config) if view == "hand" else None, config.feature_fps, workers, config.backend, config.timeout,
                         config.dataset == "egtea", config.progress)
 

@@ -810,7 +810,8 @@ def strip(
     images = []
     for frame in np.linspace(0, footage.frames - 1, columns).round().astype(int).tolist():
         image, truth = footage.image(frame), footage.truth(frame)
-        found: list[tuple[Any, tuple[int, int, int]]] = [(hand.box, (90, 230, 90) if hand.own else (240, 70, 70)) for hand in truth.hands] + [(truth.object, (250, 220, 60))] * (truth.object is not None)
+        found: list[tuple[Any, tuple[int, int, int]]] = [(hand.box, (90, 230, 90) if hand.own else (240, 70, 70)) for hand in truth.hands]
+        if truth.object is not None: found.append((truth.object, (250, 220, 60)))
         for box, colour in found if boxes else []:
             left, top, right, bottom = np.round(box).astype(int).tolist()
             cv2.rectangle(image, (left, top), (right - 1, bottom - 1), colour, 2)

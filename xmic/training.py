@@ -10,7 +10,7 @@ __all__ = ['RECIPES', 'ALIKE', 'PUBLISHED', 'SELECTIONS', 'METHODS', 'UNTRAINED'
            'held_out_videos', 'Selection', 'test_batches', 'evaluate', 'check_method', 'train', 'load_trained',
            'restore', 'EvaluateConfig', 'evaluate_run']
 
-# %% ../nbs/22_training.ipynb #170a2488
+# %% ../nbs/22_training.ipynb #375af622
 import hashlib
 import json
 import math
@@ -43,8 +43,8 @@ from .distributed import deal, first_ahead, from_first, gather, is_first, mine, 
 from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts, has_text
 from .evaluation import harmonic_means, predict, split_logits, sum_classes, summarise
 from .features import FeatureStore, StoredView, Timed, dataset_store, resize_policy
-from .files import (DataError, brief, check_archive, code_file, code_name, code_sha256, data_folder, did_you_mean, from_root, is_code, load_code,
-                        progress_bar, project_root, read_json, settings, whole_file, write_json)
+from .files import (DataError, brief, check_archive, code_file, code_name, code_sha256, data_folder, did_you_mean, features_folder, from_root, is_code,
+                        load_code, progress_bar, project_root, read_json, settings, whole_file, write_json)
 from .frames import FrameStore, PixelStreams, frames_folder
 from .prompting import A5, POSITIONS, CoCoOp, CoOp, text_once
 from .segments import central_window, own_dataset, read_classes, read_segments
@@ -74,7 +74,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # of the baselines, in place of X-MIC'
 }
 SELECTIONS = ("last", "source validation", "target (as released)")
 
-# %% ../nbs/22_training.ipynb #fce77b4c
+# %% ../nbs/22_training.ipynb #cd262573
 @dataclass
 class TrainConfig:
     "All settings of a run. A field that is None takes its value from the recipe."
@@ -87,7 +87,7 @@ class TrainConfig:
     labels: str = "noun"  # "noun", "verb", or "both" (one adapter for both, losses added)
     template: str = "{}"  # prompt around each class name, or several, separated by " | ", whose embeddings are averaged
     # features
-    features_root: str = "features"  # folder of the feature stores
+    features_root: str = "features"  # folder of the feature stores; by default in XMIC_CACHE, where that is set
     encoder: str | None = None  # CLIP model that classifies, an open_clip name; None: ViT-B-16-quickgelu, or mini-clip on the mini world
     weights: str | None = None  # its pretrained tag, a local file, or "random"; None: OpenAI's
     context_encoder: str | None = None  # encoder that the adapter reads, such as "dinov2_vitl14", or "file.py:Name" of your own; None: the same
@@ -452,7 +452,7 @@ def _with_features(segments: pd.DataFrame, views: list[StoredView] | list[FrameS
                         f"{views[0].folder.parent}: run nbs/{notebook}.ipynb with dataset={dataset!r} and these encoders and views first")
     return segments[held].reset_index(drop=True)
 
-# %% ../nbs/22_training.ipynb #4b740753
+# %% ../nbs/22_training.ipynb #1a314a11
 class RunData:
     "Everything that a run reads: encoders, class sets, class embeddings, segments and features."
 
@@ -471,7 +471,7 @@ class RunData:
 
     @property
     def features(self) -> Path:
-        return from_root(self.config.features_root)
+        return features_folder(self.config.features_root)
 
     def embed(self, classes: ClassSet) -> ClassEmbeddings:
         "The frozen text embeddings of a class set, from the cache where they have been made before."
