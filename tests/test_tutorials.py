@@ -70,7 +70,7 @@ def test_a_method_in_30_lines_has_its_row_in_table_1(folder):
     table = pd.read_csv(folder / "runs/tutorials/your_method/table1.csv").query("method == 'Temporal mean'")
     values = table.set_index(["source", "kind", "column"])["mean"]
     assert len(values) == 12 and values.notna().all()
-    runs = list((folder / "runs/mini-tiny").glob("*-TemporalMean-*"))
+    runs = [path.parent for path in (folder / "runs/mini-tiny").glob("*-TemporalMean-*/metrics.json")]
     assert len(runs) == 4
     for run in runs:
         source, kind = run.name.split("-")[:2]
