@@ -480,3 +480,15 @@ def test_files_are_listed_once_for_each_folder(tmp_path, monkeypatch):
     sizes = file_sizes([str(tmp_path / n) for n in ("a", "folder", "broken", "b")] + [str(tmp_path / "none/x")])
     assert [*sizes.values()] == [3, -1, None, None, None] and len(calls) == 2
     assert blob_id(b"what is up, doc?") == "bd9dbf5aae1a3862dd1526723246b20206e5fc37"
+
+
+def test_boxes_of_videos_with_different_rates_are_numbered_right(tmp_path):
+    (tmp_path / "videos").mkdir()
+    rates, rows = [10, 10, 10, 25], []
+    for v, rate in enumerate(rates):
+        write_video(tmp_path / f"videos/v{v}.mp4", 3 * rate, rate)
+        rows += [f"v{v}_0,{n},40,30,120,100" for n in range(rate, 2 * rate)]
+    (tmp_path / "segments.csv").write_text("\n".join(["segment_id,video_id,start_sec,stop_sec,verb,noun", *(f"v{v}_0,v{v},1,2,cut,pan" for v in range(4))]))
+    (tmp_path / "hand_boxes.csv").write_text("\n".join(["segment_id,frame,left,top,right,bottom", *rows]))
+    check = check_data("csv", tmp_path, features_root=tmp_path / "features", progress=False)
+    assert check.facts["Hands"]["share_of_frames"] == 1 and not check.of("warning", "Hands") and not check.of("problem", "Hands")

@@ -119,11 +119,14 @@ def test_given_hand_boxes(films, tmp_path):
     (tmp_path / "hand_boxes.csv").write_text("\n".join(["segment_id,frame,left,top,right,bottom", *rows]))
     answer = lines(call(films / "a.mp4", *MINI, *NAMES, "--json", "--every", "all", "--boxes", tmp_path / "hand_boxes.csv").stdout)[0]
     assert answer["boxes"] == [[40, 30, 120, 100]] * 16 and answer["notes"][0] == "hand crops in 16 of 16 frames, as given"
+    done = call(films / "c.mov", *MINI, *NAMES, "--every", "all", "--boxes", tmp_path / "hand_boxes.csv")
+    assert done.exit_code == 0 and "hand_boxes.csv: has no boxes of 'c'; the first that it has are of 'a'" in done.stderr
 
 
 def test_a_stream_from_the_standard_input(films):
     with open(films / "a.mp4", "rb") as stdin:
-        done = subprocess.run([sys.executable, "-c", "from xmic.cli import main; main()", "predict", "-", *MINI, *NAMES, "--json"], stdin=stdin, capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run([sys.executable, "-c", "from xmic.cli import main; main()", "predict", "-", *MINI, *NAMES, "--json"],
+                              stdin=stdin, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert [(a["video"], a["start"], a["stop"]) for a in lines(done.stdout)] == [("-", 0, 2), ("-", 2, 4), ("-", 4, 6)]
 

@@ -35,7 +35,7 @@ from .segments import (_EGO4D_FOLDERS, _EGTEA_FOLDERS, _EPIC_FOLDERS, _csv_path,
                            read_epic_unseen, read_segments)
 from .video import DecodePool, VideoInfo, probe
 
-# %% ../nbs/43_checks.ipynb #89c6665f
+# %% ../nbs/43_checks.ipynb #0515ad98
 MARKS = {"good": "✓", "note": "·", "warning": "!", "problem": "✗"}
 
 
@@ -106,6 +106,18 @@ def _wrapped(text: str, first: str, later: str, width: int) -> list[str]:
 
 def _count(n: int, thing: str) -> str:
     return f"{n:,} {thing}{'' if n == 1 else 's'}"
+
+
+def _hours(hours: float) -> str:
+    return f"{_hours(hours)}" if hours >= 1 else f"{60 * hours:.1f} min"
+
+
+def _spent(hours: float) -> str:
+    return f"{hours:,.1f} GPU hours" if hours >= 1 else f"{60 * hours:.1f} GPU minutes"
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
 def _are(n: int, one: str = "is", many: str = "are") -> str:
@@ -255,7 +267,7 @@ def _world_of(root: Path) -> dict | None:
         world = read_json(root.parent / "world.json", dict)
         return world if root.name in world.get("datasets", {}) else None
 
-# %% ../nbs/43_checks.ipynb #80e035ef
+# %% ../nbs/43_checks.ipynb #443d343a
 def _annotations(check: Check, found: _Found) -> None:
     dataset, root = found.dataset, found.root
     if found.world:
@@ -316,7 +328,7 @@ def _split(check: Check, found: _Found, split: str) -> None:
     found.segments[split] = table
     videos, hours = table.video_id.nunique(), (table.stop_sec - table.start_sec).sum() / 3600
     facts = {split: dict(segments=len(table), videos=videos, hours=round(hours, 2), nouns=table.noun.nunique(), verbs=table.verb.nunique())}
-    said = f"{_some(names) or split}: {_count(len(table), 'segment')} of {_count(videos, 'session' if dataset == 'egtea' else 'video')}, {hours:,.1f} h"
+    said = f"{_some(names) or split}: {_count(len(table), 'segment')} of {_count(videos, 'session' if dataset == 'egtea' else 'video')}, {_hours(hours)}"
     if differs := _differs(found, split, len(table)):
         found.odd.setdefault(split, []).append(f"{_some(names)} has {len(table):,} segments, {differs}")
         check.add(section, "problem", f"{said}; {differs}: the list is cut or of another version.", _fetch(dataset, "annotations", root), **facts)
@@ -449,7 +461,7 @@ def _beyond(found: _Found, table: pd.DataFrame) -> dict[str, str]:  # segment ->
         except DataError as e: faults[row.segment_id] = str(e)
     return faults
 
-# %% ../nbs/43_checks.ipynb #eb71e741
+# %% ../nbs/43_checks.ipynb #7c7a080a
 def _say_videos(check: Check, found: _Found, sizes: dict, faults: dict[str, str], broken: dict[str, str], ends: dict[str, str], chosen: list[str]) -> None:
     section, fetch = "Videos", _fetch(found.dataset, "videos", found.root)
     there, folders = [p for p in sizes if p not in faults], sum(n == -1 for n in sizes.values())
@@ -464,7 +476,7 @@ def _say_videos(check: Check, found: _Found, sizes: dict, faults: dict[str, str]
                   f"{'is not there' if missing else 'is unusable'}. Features that were extracted elsewhere can be trained on without videos.", todo, **facts)
     else:
         kind = "folders of frames" if folders == len(there) else "videos and folders of frames" if folders else "videos"
-        weight = f", {facts['bytes'] / 1e9:,.1f} GB" if facts["bytes"] else ""
+        weight = f", {_size(facts['bytes'])}" if facts["bytes"] else ""
         check.add(section, "good" if not faults else "note", f"{len(there):,} of {len(sizes):,} {kind} are there{weight}", **facts)
     for fault, paths in _grouped(faults).items():
         if fault == "are not there" and not there: continue
@@ -595,7 +607,7 @@ def _errata(check: Check, found: _Found, frames: dict[str, int]) -> None:
             check.add("Hands", "note", f"{video} was once published with wrong detections; nothing here tells how long it is, so see that yours are from "
                       "after December 2020.")
 
-# %% ../nbs/43_checks.ipynb #4288459e
+# %% ../nbs/43_checks.ipynb #786e5522
 def box_numbers(
     boxes: HandBoxes,
     segment: Any,  # a row of the segments table
@@ -610,7 +622,7 @@ def box_numbers(
 def box_table(
     boxes: HandBoxes,  # ready ones
     segments: pd.DataFrame,
-    fps: float | None = None,  # of the videos
+    rates: dict[str, float],  # path of a video -> frames a second, where they are known
 ) -> pd.DataFrame:  # one row a segment: segment_id, frames, boxes, late_first, late_last, begins, start, left, top, right, bottom
     """How the boxes of each segment lie in time and in the frame. Segments without a box are left out.
 
@@ -619,21 +631,23 @@ def box_table(
     for segment in segments.itertuples(index=False):
         own = boxes.for_segment(segment)
         seen = {n: b for n, b in own.items() if b}
-        start, stop = box_numbers(boxes, segment, fps) or (min(own, default=0), max(own, default=0) + 1)
+        start, stop = box_numbers(boxes, segment, rates.get(segment.video_path)) or (min(own, default=0), max(own, default=0) + 1)
         if seen:
             lefts, tops, rights, bottoms = zip(*seen.values())
             rows.append((segment.segment_id, stop - start, sum(start <= n < stop for n in seen), min(own) - start, max(own) - stop + 1, min(own), start,
                          min(lefts), min(tops), max(rights), max(bottoms)))
     return pd.DataFrame(rows, columns=["segment_id", "frames", "boxes", "late_first", "late_last", "begins", "start", "left", "top", "right", "bottom"])
 
-# %% ../nbs/43_checks.ipynb #476f1bde
+# %% ../nbs/43_checks.ipynb #f82c2362
 def _ready_boxes(check: Check, table: pd.DataFrame, boxes: HandBoxes, found: _Found, thorough: bool) -> None:
     section, name = "Hands", os.path.basename(boxes.place)
-    rates, frame_sizes = [i.fps for i in found.infos.values()], Counter((i.width, i.height) for i in found.infos.values())
+    rates, frame_sizes = {p: i.fps for p, i in found.infos.items()}, Counter((i.width, i.height) for i in found.infos.values())
     have = {s for s, row in zip(table.segment_id, table.itertuples(index=False)) if any(boxes.for_segment(row).values())}
     sample = table[table.segment_id.isin(have)]
     sample = sample if thorough or len(sample) <= 2000 else sample.iloc[np.linspace(0, len(sample) - 1, 2000).astype(int)]
-    lies = box_table(boxes, sample, median(rates) if rates else None)
+    if found.dataset == "csv" and rates: sample = sample[sample.video_path.isin(rates)]  # other videos may have any rate
+    else: rates = dict.fromkeys(sample.video_path, median(rates.values())) if rates else {}
+    lies = box_table(boxes, sample, rates)
     missing = {s: [i for i in t.segment_id if i not in have] for s, t in found.segments.items()}
     facts = dict(source="boxes", place=boxes.place, with_box=len(have), without={s: len(i) for s, i in missing.items()})
     if not have:
@@ -768,7 +782,7 @@ def _tables_of(numbers: Iterable[str]) -> str:
     numbers = list(numbers)
     return f"Table{'s' * (len(numbers) > 1)} {', '.join(numbers)}"
 
-# %% ../nbs/43_checks.ipynb #6677ad7c
+# %% ../nbs/43_checks.ipynb #e2eea64d
 def _costs(check: Check, found: _Found, encoder: str | None, feature_fps: float | None, features_root: Path) -> None:
     from xmic.costs import VITS, extraction_costs
 
@@ -781,11 +795,11 @@ def _costs(check: Check, found: _Found, encoder: str | None, feature_fps: float 
     rates = [feature_fps] if feature_fps else [None, 8.0]
     made = {n: {r: extraction_costs(n, r, annotated=annotated).loc["all"] for r in rates} for n in names}
     count = f"{'All ' * absent}{_count(int(annotated.segments.sum()), 'segment')}{', once their videos are there,' * absent}"
-    check.add("Disk and GPU", "note", f"{count} are {(annotated.segments * annotated.seconds).sum() / 3600:,.1f} h. What two views (whole frames and hand "
+    check.add("Disk and GPU", "note", f"{count} are {_hours((annotated.segments * annotated.seconds).sum() / 3600)}. What two views (whole frames and hand "
               "crops) take, if a GPU sustains 100 TFLOP/s (about a third of an A100's peak in bf16) and its decoders keep up:")
     for name, costs in made.items():
-        costs = {f"{rate:g} a second" if rate else "every frame": cost.round(3).to_dict() for rate, cost in costs.items()}
-        each = [f"{c['GB']:,.1f} GB and {c['GPU hours']:,.1f} GPU hours at {rate}" for rate, c in costs.items()]
+        costs = {f"{rate:g} a second" if rate else "every frame": cost.round(6).to_dict() for rate, cost in costs.items()}
+        each = [f"{_size(1e9 * c['GB'])} and {_spent(c['GPU hours'])} at {rate}" for rate, c in costs.items()]
         check.add("Disk and GPU", "note", f"{name}: {', '.join(each)}", **{name: costs})
     place = next(p for p in [features_root, *features_root.parents] if p.exists())
     free, needed = shutil.disk_usage(place).free / 1e9, sum(c[rates[0]]["GB"] for c in made.values())

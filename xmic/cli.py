@@ -105,7 +105,7 @@ def videos(
         found += inside
     return found
 
-# %% ../nbs/40_cli.ipynb #407e9cef
+# %% ../nbs/40_cli.ipynb #b840bb85
 def _recognizer(models: list[str], encoder: Optional[str], weights: Optional[str], device: Optional[str]) -> "Recognizer":
     from xmic.files import DataError
     from xmic.recognizer import Recognizer
@@ -130,6 +130,12 @@ def _boxes(given: Optional[str], gap: int, detector: Optional[str], model: Optio
         from xmic.detectors import create_detector
         return create_detector(detector, model)
     return None
+
+
+def _nameless(boxes: Any, video: str) -> str:
+    "That ready boxes know nothing of a video, and why; empty where they do."
+    if getattr(boxes, "source", "") != "boxes" or Path(video).stem in boxes.segments: return ""
+    return f"{boxes.place}: has no boxes of {Path(video).stem!r}; the first that it has are of {next(iter(boxes.segments), 'nothing')!r}"
 
 # %% ../nbs/40_cli.ipynb #9305e29d
 def _cell(table: Any, rank: int, width: int, column: str = "name") -> str:
@@ -187,7 +193,7 @@ def _answers(recognizer: "Recognizer", video: str, ask: dict, every: Optional[fl
     with open_stream(video, fps) as (rate, frames):
         yield from recognizer.stream(frames, rate, **ask, every=every)
 
-# %% ../nbs/40_cli.ipynb #46821f15
+# %% ../nbs/40_cli.ipynb #0d42b841
 @app.command(no_args_is_help=True)
 def predict(
     video: list[str] = typer.Argument(metavar="VIDEO...", help="Videos, folders of videos, or streams: an address, /dev/video0, - for the standard input."),
@@ -231,6 +237,7 @@ def predict(
         try:
             if annotated and is_stream(one):
                 raise DataError(f"{one}: the frames of a stream are gone once they are seen; --video needs a file")
+            if why := _nameless(ask["boxes"], one): _say(why)
             seen, line = [], Timeline(one, [])
             extra = {} if is_stream(one) else dict(backend=backend)
             for answer in _answers(recognizer, one, ask | extra, length, begin, end, fps):

@@ -216,7 +216,7 @@ def _annotate(line: Timeline, path: str | Path, backend: str) -> None:
                 done += 1
         container.mux(stream.encode())
 
-# %% ../nbs/41_timeline.ipynb #4a8100fb
+# %% ../nbs/41_timeline.ipynb #abd38c41
 def is_stream(
     source: str,
 ) -> bool:
@@ -246,10 +246,12 @@ def open_stream(
 
 
 def _decoded(source: str, container: Any, stream: Any) -> Iterator[np.ndarray]:
+    frame = None
     try:
         for frame in container.decode(stream):
             yield frame.to_ndarray(format="rgb24")
     except av.error.EOFError:
         return
     except (av.error.FFmpegError, OSError) as e:
-        raise VideoError(source, f"the stream broke off ({e})") from None
+        hint = "; an MP4 whose index comes last is no stream: send it as Matroska or MPEG-TS, or name the file" * (frame is None)
+        raise VideoError(source, f"the stream broke off{' before its first frame' * (frame is None)} ({e}){hint}") from None
