@@ -35,7 +35,7 @@ from .segments import (_EGO4D_FOLDERS, _EGTEA_FOLDERS, _EPIC_FOLDERS, _csv_path,
                            read_epic_unseen, read_segments)
 from .video import DecodePool, VideoInfo, probe
 
-# %% ../nbs/43_checks.ipynb #0515ad98
+# %% ../nbs/43_checks.ipynb #48663109
 MARKS = {"good": "✓", "note": "·", "warning": "!", "problem": "✗"}
 
 
@@ -63,6 +63,7 @@ class Check:
             level: str,  # of MARKS
             text: str,
             todo: str = "",
+            /,
             **facts: Any,  # plain JSON
            ) -> None:
         self.findings.append(Finding(section, level, text, todo))
@@ -173,7 +174,7 @@ def blob_id(
     "The name that git gives to the content of a file."
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
-# %% ../nbs/43_checks.ipynb #3e52b19b
+# %% ../nbs/43_checks.ipynb #05d0fe1f
 _SIGNS = {"epic": ["EPIC_100_validation.csv", "EPIC_100_train.csv", "EPIC_100_noun_classes.csv"],
           "ego4d": ["fho_lta_train.json", "fho_lta_val.json", "fho_lta_taxonomy.json"],
           "egtea": ["test_split1.txt", "test_split2.txt", "noun_idx.txt"], "csv": ["segments.csv"]}
@@ -183,7 +184,8 @@ _MEDIA = {"epic": r"P\d\d|EPIC-KITCHENS|rgb_frames|videos|hand-objects",
 
 
 def _found_file(dataset: str, root: Path, name: str) -> Path | None:
-    with suppress(DataError): return _find(name, root, _FOLDERS[dataset], "")
+    try: return _find(name, root, _FOLDERS[dataset], "")
+    except DataError: return None
 
 
 def datasets_in(
@@ -231,7 +233,7 @@ def right_root(
                         f"nor videos: data/README.md says how it lies in its folder")
     return path
 
-# %% ../nbs/43_checks.ipynb #b1df2c80
+# %% ../nbs/43_checks.ipynb #731a4501
 @dataclass
 class _Found:
     "What is known of a dataset so far."
@@ -263,9 +265,9 @@ class _Found:
 
 
 def _world_of(root: Path) -> dict | None:
-    with suppress(DataError):
-        world = read_json(root.parent / "world.json", dict)
-        return world if root.name in world.get("datasets", {}) else None
+    try: world = read_json(root.parent / "world.json", dict)
+    except DataError: return None
+    return world if root.name in world.get("datasets", {}) else None
 
 # %% ../nbs/43_checks.ipynb #443d343a
 def _annotations(check: Check, found: _Found) -> None:
@@ -376,7 +378,7 @@ def _own_lists(check: Check, found: _Found) -> None:
             new = sorted(set(split["test"][kind]) - set(split["train"][kind]) - {""})
             if new: check.add(section, "note", f"{_count(len(new), kind)} of the test {_are(len(new))} not in training (novel): {_some(new)}")
 
-# %% ../nbs/43_checks.ipynb #2b6dfd0c
+# %% ../nbs/43_checks.ipynb #eb11838c
 def file_sizes(
     paths: Iterable[str],
 ) -> dict[str, int | None]:  # bytes; -1 for a folder, None where nothing is there
@@ -391,7 +393,8 @@ def file_sizes(
 
 def _listing(folder: str | Path) -> dict[str, int | None]:
     def size(entry: os.DirEntry) -> int | None:
-        with suppress(OSError): return -1 if entry.is_dir() else entry.stat().st_size
+        try: return -1 if entry.is_dir() else entry.stat().st_size
+        except OSError: return None
     with suppress(OSError), os.scandir(folder) as entries: return {entry.name: size(entry) for entry in entries}
     return {}
 
@@ -425,7 +428,7 @@ def look_at(
             bar.update(item.done)
     return infos, faults
 
-# %% ../nbs/43_checks.ipynb #84d8284a
+# %% ../nbs/43_checks.ipynb #be66cb0a
 def _frames_fault(path: str, last: int) -> str:
     "What a folder of official frames lacks, from its first and its last wanted frame."
     wanted = [1, max(1, last - 30)]
@@ -454,7 +457,7 @@ def _videos(check: Check, found: _Found, thorough: bool, look: int, workers: int
 
 def _beyond(found: _Found, table: pd.DataFrame) -> dict[str, str]:  # segment -> what is wrong
     "Segments of opened videos that lie behind their ends."
-    faults = {}
+    faults: dict[str, str] = {}
     if found.dataset == "egtea": return faults  # a segment is its whole file
     for row in table[table.video_path.isin(found.infos)].itertuples(index=False):
         try: wanted_frames(found.infos[row.video_path], row, 1.0)
@@ -638,7 +641,7 @@ def box_table(
                          min(lefts), min(tops), max(rights), max(bottoms)))
     return pd.DataFrame(rows, columns=["segment_id", "frames", "boxes", "late_first", "late_last", "begins", "start", "left", "top", "right", "bottom"])
 
-# %% ../nbs/43_checks.ipynb #f82c2362
+# %% ../nbs/43_checks.ipynb #4d2c2cc2
 def _ready_boxes(check: Check, table: pd.DataFrame, boxes: HandBoxes, found: _Found, thorough: bool) -> None:
     section, name = "Hands", os.path.basename(boxes.place)
     rates, frame_sizes = {p: i.fps for p, i in found.infos.items()}, Counter((i.width, i.height) for i in found.infos.values())
@@ -672,7 +675,7 @@ def _numbering(check: Check, lies: pd.DataFrame, boxes: HandBoxes, name: str) ->
     shift = {by: float(((lies.late_first == by) & (lies.late_last == by)).mean()) for by in (1, -1)}
     far = lies[lies.start > 30]
     own = float((far.begins <= 1).mean()) if len(far) else 0.0
-    if (by := max(shift, key=shift.get)) and shift[by] > 0.5:
+    if (by := max(shift, key=lambda by: shift[by])) and shift[by] > 0.5:
         high, after, todo = ("high", "after", "take 1 from") if by > 0 else ("low", "before", "add 1 to")
         check.add("Hands", "problem", f"{name} seems to count frames one too {high}: {shift[by]:.0%} of the segments have their first and their last box one "
                   f"frame {after} the segment's; {counted}.", f"{todo} its frame numbers", shifted_by=by)
@@ -697,7 +700,7 @@ def _inside(check: Check, lies: pd.DataFrame, width: int, height: int, boxes: Ha
         check.add("Hands", "warning", f"{_count(len(out), 'segment')} {_are(len(out), 'has', 'have')} boxes beyond the frame of {width} x {height} pixels, "
                   f"such as {out.segment_id.iloc[0]}; they are cut there.", out_of_frame=len(out))
 
-# %% ../nbs/43_checks.ipynb #6d807fbf
+# %% ../nbs/43_checks.ipynb #bdf83424
 def _profile_of(found: _Found) -> Profile:
     made = profile("mini", found.world["size"]) if found.world else profile("paper", data=str(found.root.parent))
     return replace(made, data=str(found.root.parent))
@@ -743,7 +746,8 @@ def table_cells(
     p: Profile,
 ) -> pd.DataFrame:  # method, level, causes of each cell that is about the dataset
     "What keeps the cells of a table from being made from this dataset."
-    jobs, known, rows = runs(table, p), {}, []
+    jobs, rows = runs(table, p), []
+    known: dict[Any, Any] = {}
     for cell in cells(table, p).itertuples(index=False):
         shown = found.dataset == cell.dataset or not cell.dataset and found.dataset in cell.measure
         own = [s for name in cell.runs for s in jobs[name].stores if s.parameters["dataset"] == found.dataset]
@@ -782,7 +786,7 @@ def _tables_of(numbers: Iterable[str]) -> str:
     numbers = list(numbers)
     return f"Table{'s' * (len(numbers) > 1)} {', '.join(numbers)}"
 
-# %% ../nbs/43_checks.ipynb #e2eea64d
+# %% ../nbs/43_checks.ipynb #6246e48e
 def _costs(check: Check, found: _Found, encoder: str | None, feature_fps: float | None, features_root: Path) -> None:
     from xmic.costs import VITS, extraction_costs
 
@@ -798,9 +802,9 @@ def _costs(check: Check, found: _Found, encoder: str | None, feature_fps: float 
     check.add("Disk and GPU", "note", f"{count} are {_hours((annotated.segments * annotated.seconds).sum() / 3600)}. What two views (whole frames and hand "
               "crops) take, if a GPU sustains 100 TFLOP/s (about a third of an A100's peak in bf16) and its decoders keep up:")
     for name, costs in made.items():
-        costs = {f"{rate:g} a second" if rate else "every frame": cost.round(6).to_dict() for rate, cost in costs.items()}
-        each = [f"{_size(1e9 * c['GB'])} and {_spent(c['GPU hours'])} at {rate}" for rate, c in costs.items()]
-        check.add("Disk and GPU", "note", f"{name}: {', '.join(each)}", **{name: costs})
+        facts = {f"{rate:g} a second" if rate else "every frame": cost.round(6).to_dict() for rate, cost in costs.items()}
+        each = [f"{_size(1e9 * c['GB'])} and {_spent(c['GPU hours'])} at {rate}" for rate, c in facts.items()]
+        check.add("Disk and GPU", "note", f"{name}: {', '.join(each)}", **{name: facts})
     place = next(p for p in [features_root, *features_root.parents] if p.exists())
     free, needed = shutil.disk_usage(place).free / 1e9, sum(c[rates[0]]["GB"] for c in made.values())
     facts = dict(free_GB=round(free, 1), needed_GB=round(needed, 1))
@@ -947,7 +951,7 @@ def _checksum(check: Check, path: Path, state: dict, encoder: str | None) -> Non
     check.add(path.name, "warning", f"Its {kind.upper()} begins with {digest[:6]}, the published file's with {right[:6]}.",
               "unless it is your own, fetch it again", **{kind: digest})
 
-# %% ../nbs/43_checks.ipynb #4ed7f61b
+# %% ../nbs/43_checks.ipynb #e255574a
 KINDS = (*NAMES, "boxes", "weights")
 
 
@@ -994,11 +998,11 @@ def check_data(
     if only_boxes: dataset, path, boxes = *_box_root(path, data), path
     path = right_root(dataset, path)
     found = _Found(dataset, path, _world_of(path))
-    check = Check("Hand boxes" if only_boxes else NAMES[dataset] + " (mini world)" * bool(found.world), Path(boxes) if only_boxes else path)
+    check = Check("Hand boxes" if only_boxes else NAMES[dataset] + " (mini world)" * bool(found.world), Path(boxes or path) if only_boxes else path)
     _annotations(check, found)
     _videos(check, found, thorough and not only_boxes, look, workers, timeout, backend, progress)
     if only_boxes: check.findings = check.of("problem", "Annotations")
-    _hands(check, found, boxes and str(boxes), thorough, look, workers, timeout, progress)
+    _hands(check, found, str(boxes) if boxes else None, thorough, look, workers, timeout, progress)
     if only_boxes: return check
     p = _profile_of(found) if dataset != "csv" else None
     place = from_root(features_root or (p.features_root if p else "features"))

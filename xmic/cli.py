@@ -193,7 +193,7 @@ def _answers(recognizer: "Recognizer", video: str, ask: dict, every: Optional[fl
     with open_stream(video, fps) as (rate, frames):
         yield from recognizer.stream(frames, rate, **ask, every=every)
 
-# %% ../nbs/40_cli.ipynb #0d42b841
+# %% ../nbs/40_cli.ipynb #134fc7a7
 @app.command(no_args_is_help=True)
 def predict(
     video: list[str] = typer.Argument(metavar="VIDEO...", help="Videos, folders of videos, or streams: an address, /dev/video0, - for the standard input."),
@@ -223,7 +223,7 @@ def predict(
 ) -> None:
     "Recognise verbs, nouns and actions along videos or streams."
     from xmic.files import DataError
-    length, begin, end = None if every == "all" else seconds(every), start and seconds(start), stop and seconds(stop)
+    length, begin, end = (None if t in (None, "all") else seconds(t) for t in (every, start, stop))
     given = videos(video)
     places = {v: (_output(page, v, given, ".html"), _output(annotated, v, given, ".mp4")) for v in given}
     ask = dict(nouns=_names(nouns, "noun"), verbs=_names(verbs, "verb"), top=top)
@@ -238,7 +238,8 @@ def predict(
             if annotated and is_stream(one):
                 raise DataError(f"{one}: the frames of a stream are gone once they are seen; --video needs a file")
             if why := _nameless(ask["boxes"], one): _say(why)
-            seen, line = [], Timeline(one, [])
+            seen: list[str] = []
+            line = Timeline(one, [])
             extra = {} if is_stream(one) else dict(backend=backend)
             for answer in _answers(recognizer, one, ask | extra, length, begin, end, fps):
                 if page or annotated: line.answers.append(answer)

@@ -333,14 +333,14 @@ def _results(config: TrainConfig, kind: str, known: dict) -> list[dict]:
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise DataError(f"the numbers measured for {kind}s are damaged ({type(e).__name__}: {e}); take the run's folder anew") from None
 
-# %% ../nbs/27_recognizer.ipynb #354deff3
+# %% ../nbs/27_recognizer.ipynb #11b224ab
 def _card_header(name: str, adapters: dict[str, TrainConfig], rows: list[dict], license: str) -> str:
     "The Hub's metadata, YAML between two lines."
     measured = [EvalResult(task_type="video-classification", dataset_type=row["key"], dataset_name=row["dataset"],
                            metric_type="accuracy", metric_value=round(row["value"], 2), metric_name=f"top-1 of {row['names']}") for row in rows]
-    tags = ["egocentric-video", "action-recognition", "clip", *sorted({c.method.replace("_", "-") for c in adapters.values()})]
+    tags = ["egocentric-video", "action-recognition", "clip", *sorted({code_name(c.method).replace("_", "-") for c in adapters.values()})]
     data = ModelCardData(license=license, library_name="xmic", pipeline_tag="video-classification", tags=tags,
-                         **(dict(model_name=name, eval_results=measured) if measured else {}))
+                         model_name=name if measured else None, eval_results=measured or None)
     return f"---\n{data.to_yaml()}\n---"
 
 
@@ -418,7 +418,7 @@ def _best(
     places = np.flatnonzero(scores >= least)
     return places[np.argsort(-scores[places], kind="stable")][:top]
 
-# %% ../nbs/27_recognizer.ipynb #4032ebe3
+# %% ../nbs/27_recognizer.ipynb #e3bf5a87
 class Recognizer:
     "A frozen CLIP with trained adapters, for videos and class lists of any kind."
 
@@ -589,7 +589,8 @@ class Recognizer:
 
     def _watch(self, frames: Iterable[np.ndarray], fps: float, length: int, classes: dict[str, ClassSet], top: int, boxes: Any) -> Iterator[Recognition]:
         looked = {n: frame_indices(0, length, n) for n in self._counts(classes)}
-        wanted, images, number = set(np.concatenate(list(looked.values())).tolist()), {}, -1
+        images: dict[int, np.ndarray] = {}
+        wanted, number = set(np.concatenate(list(looked.values())).tolist()), -1
 
         def answer(begin: int, stop: int, looked: dict[int, np.ndarray]) -> Recognition:
             height, width = next(iter(images.values())).shape[:2]
