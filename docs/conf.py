@@ -1,0 +1,57 @@
+"""The site: pages of docs/ and data/, and the notebooks as they are committed. `make docs` builds it into _docs/html; nothing is executed."""
+import logging
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+
+import xmic  # noqa: E402
+from pages import contents, measurements  # noqa: E402
+
+project, author, copyright = "xmic", "The xmic developers", "2026 The xmic developers"
+version = release = xmic.__version__
+extensions = ["myst_nb", "sphinx.ext.autodoc", "pages"]
+root_doc = "docs/index"
+# The root of the repository is the source, so that links between its files lead to the same places here and on GitHub.
+include_patterns = ["docs/*.md", "nbs/**.ipynb", "data/README.md", "data/paper/README.md", "benchmarks/README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+WALKED = {"docs", "nbs", "data", "benchmarks"}
+exclude_patterns = [p.name for p in ROOT.iterdir() if p.is_dir() and p.name not in WALKED]
+exclude_patterns += [f"data/{p.name}" for p in (ROOT / "data").iterdir() if p.is_dir() and p.name != "paper"]
+exclude_patterns += ["**/.ipynb_checkpoints", "nbs/index.ipynb", "nbs/report_template"]
+
+nb_execution_mode = "off"
+nb_code_prompt_show = nb_code_prompt_hide = "{type}"
+nb_merge_streams = True
+myst_enable_extensions = ["dollarmath", "amsmath", "substitution", "colon_fence"]
+myst_heading_anchors = 4
+NBS = ROOT / "nbs"
+RUN = [NBS / f"{name}.ipynb" for name in ("extract", "store_frames", "train", "evaluate", "report", "clips", "mini_pretrain")]
+myst_substitutions = measurements(ROOT / "reports" / "bench") | dict(
+    notebooks=contents(sorted(NBS.glob("[0-9]*.ipynb"))), run_notebooks=contents([*RUN, *sorted((NBS / "tables").glob("*.ipynb"))]))
+
+# A folder of notebooks may be empty.
+logging.getLogger("sphinx.sphinx.directives.other").addFilter(lambda record: "toctree glob pattern" not in record.getMessage())
+
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_typehints = "none"  # pages.py writes them beside what the comments say
+autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False
+autodoc_class_signature = "mixed"
+add_module_names = False
+default_role = "literal"
+python_maximum_signature_line_length = 90
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(?!xmic\.).*")]  # names of other projects: their sites cannot be asked without a network
+
+html_theme = "furo"
+html_title = f"xmic {version}"
+html_math_renderer = "mathml"
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
+html_copy_source = html_show_sourcelink = False
+html_theme_options = dict(
+    light_css_variables={"color-brand-primary": "#1b6f5a", "color-brand-content": "#1b6f5a"},
+    dark_css_variables={"color-brand-primary": "#67c7ab", "color-brand-content": "#67c7ab"},
+)
+pygments_style, pygments_dark_style = "friendly", "github-dark"
