@@ -51,10 +51,11 @@ def test_prompts_cost_by_the_step_or_by_the_video(encoder):
     assert gflop(coop, 16) < 1.1 * gflop(coop, 2) and 7 < gflop(cocoop, 16) / gflop(cocoop, 2) < 8.1
 
 
-def test_recomputing_trades_operations_for_memory(encoder):
-    classes, batch = ClassEmbeddings(["pan", "knife"], torch.randn(2, 32)), Batch(torch.randint(0, 256, (4, 4, 32, 32, 3), dtype=torch.uint8))
+def test_recomputing_trades_operations_for_memory():
+    encoder = create_encoder("mini-clip", device="cpu")  # with blocks enough
+    classes, batch = ClassEmbeddings(["pan", "knife"], torch.randn(2, 128)), Batch(torch.randint(0, 256, (2, 4, 64, 64, 3), dtype=torch.uint8))
     plain, spared = (count_step(VitaCLIP(encoder, 4, text_prompts=0, recompute=r), batch, classes) for r in (False, True))
-    assert spared["peak_mib"] < plain["peak_mib"] and 1.1 < spared["gflop"] / plain["gflop"] < 1.5
+    assert spared["peak_mib"] < 0.6 * plain["peak_mib"] and 1.1 < spared["gflop"] / plain["gflop"] < 1.5
 
 
 def test_every_method_of_the_tables_has_its_costs(tmp_path):

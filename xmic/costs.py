@@ -98,7 +98,7 @@ def _cost(c: TrainConfig, encoder_of: Callable[..., Encoder], kind: str, batch_s
     views = torch.randn(batch_size, c.frames, len(c.context_views), context.dim) if c.method in CONDITIONED else None
     return count_step(method, Batch(video, views), classes, c.method not in UNTRAINED) | dict(frames=c.frames, classes=len(classes))
 
-# %% ../nbs/33_costs.ipynb #47562091
+# %% ../nbs/33_costs.ipynb #3cddb041
 ANNOTATED = pd.DataFrame({  # segments, their mean length in seconds, and frames a second of their videos
     "EPIC-KITCHENS train": (67_217, 3.12, 55.0),  # 60, or 50 in the newer videos: 55 on the mean
     "EPIC-KITCHENS test": (9_668, 3.68, 55.0),
@@ -115,10 +115,12 @@ def vit_gflop(
     patch: int,  # pixels
     width: int,  # W
     layers: int,
+    attentions: int = 1,  # of each layer
 ) -> float:
-    "Operations of a vision transformer on one image: with N tokens, a layer has 24 N W² for its linear maps and 4 N² W for its attention."
+    "Operations of a vision transformer on one image: with N tokens, a layer has 16 N W² for its MLP, and for an attention 8 N W² and 4 N² W."
     tokens = (side // patch) ** 2 + 1
-    return (layers * (24 * tokens * width ** 2 + 4 * tokens ** 2 * width) + 6 * (tokens - 1) * patch ** 2 * width) / 1e9
+    layer = 16 * tokens * width ** 2 + attentions * (8 * tokens * width ** 2 + 4 * tokens ** 2 * width)
+    return (layers * layer + 6 * (tokens - 1) * patch ** 2 * width) / 1e9
 
 
 def extraction_costs(

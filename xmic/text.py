@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PackedPrompts', 'pack', 'TextTower']
 
-# %% ../nbs/16_text.ipynb #5fe418d5
+# %% ../nbs/16_text.ipynb #ebf76022
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .attention import linear
 from .files import DataError
 
 # %% ../nbs/16_text.ipynb #41ce2a7e
@@ -149,7 +150,7 @@ def _text_of(
         raise DataError(f"learned prompts need a frozen, causal text tower that is read at EOT, like CLIP's; {type(model).__name__} will not do: {fault}")
     return text
 
-# %% ../nbs/16_text.ipynb #bcaaba2e
+# %% ../nbs/16_text.ipynb #8cbe51ec
 def _attend(
     block: nn.Module,
     query: Tensor,  # (B, n, W)
@@ -162,19 +163,19 @@ def _attend(
 
 def _rest(block: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
     "The block from the output projection on."
-    x = x + block.ls_1(block.attn.out_proj(attended))
-    hidden = block.mlp.c_fc(block.ln_2(x))
+    x = x + block.ls_1(linear(attended, block.attn.out_proj.weight, block.attn.out_proj.bias))
+    hidden = linear(block.ln_2(x), block.mlp.c_fc.weight, block.mlp.c_fc.bias)
     if type(block.mlp.gelu).__name__ == "QuickGELU":
         hidden = F.silu(hidden.mul_(1.702)).mul_(1 / 1.702)
     else:
         hidden = block.mlp.gelu(hidden)
-    return x + block.ls_2(block.mlp.c_proj(hidden))
+    return x + block.ls_2(linear(hidden, block.mlp.c_proj.weight, block.mlp.c_proj.bias))
 
 
 def _project(block: nn.Module, y: Tensor, first: int = 0, last: int = 3) -> Tensor:
     "Queries (0), keys (1) and values (2), or some of them, side by side."
     width, attn = y.shape[-1], block.attn
-    return F.linear(y, attn.in_proj_weight[first * width:last * width], attn.in_proj_bias[first * width:last * width])
+    return linear(y, attn.in_proj_weight[first * width:last * width], attn.in_proj_bias[first * width:last * width])
 
 # %% ../nbs/16_text.ipynb #91a966b3
 @dataclass

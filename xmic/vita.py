@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BlockPrompts', 'VitaVision', 'VitaCLIP']
 
-# %% ../nbs/19_vita.ipynb #7ef08f74
+# %% ../nbs/19_vita.ipynb #d29b6814
 import math
 from functools import partial
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .adapter import cosine_logits
+from .attention import linear
 from .encoders import ClassEmbeddings, Encoder
 from .files import DataError
 from .prompting import LearnedPrompts, coop_prompts
@@ -61,14 +62,14 @@ class BlockPrompts(nn.Module):
             prompts.append((c + self.summary_attn(y, y, y, need_weights=False)[0])[:, :, None])
         return prompts
 
-# %% ../nbs/19_vita.ipynb #78ba26fb
+# %% ../nbs/19_vita.ipynb #d8492f3f
 def _mlp(block: nn.Module, x: Tensor) -> Tensor:  # (N, S, W)
     "The MLP of an open_clip block."
-    x = block.mlp.c_fc(block.ln_2(x))
+    x = linear(block.ln_2(x), block.mlp.c_fc.weight, block.mlp.c_fc.bias)
     x = F.silu(x.mul_(1.702)).mul_(1 / 1.702) if isinstance(block.mlp.gelu, QuickGELU) else block.mlp.gelu(x)
-    return block.ls_2(block.mlp.c_proj(x))
+    return block.ls_2(linear(x, block.mlp.c_proj.weight, block.mlp.c_proj.bias))
 
-# %% ../nbs/19_vita.ipynb #ecf6642a
+# %% ../nbs/19_vita.ipynb #0632915d
 def _block(
     block: nn.Module,  # of the tower
     prompts: BlockPrompts,
@@ -81,12 +82,12 @@ def _block(
     weight, bias = attn.in_proj_weight, attn.in_proj_bias
     extra = prompts(x[:, 0].unflatten(0, (clips, -1)))
     y, asking = block.ln_1(x), slice(0, 1 if last else None)
-    q = F.linear(y[:, asking], weight[:width], bias[:width])
-    kv = [F.linear(z, weight[width:], bias[width:]) for z in (y, *map(block.ln_1, extra))]
+    q = linear(y[:, asking], weight[:width], bias[:width])
+    kv = [linear(z, weight[width:], bias[width:]) for z in (y, *map(block.ln_1, extra))]
     kv[1:] = [z.expand(clips, n // clips, -1, -1).flatten(0, 1) for z in kv[1:]]
     q, k, v = (z.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for z in (q, *torch.cat(kv, 1).chunk(2, -1)))
     out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    x = x[:, asking] + block.ls_1(attn.out_proj(out))
+    x = x[:, asking] + block.ls_1(linear(out, attn.out_proj.weight, attn.out_proj.bias))
     return x + _mlp(block, x)
 
 # %% ../nbs/19_vita.ipynb #56f5d9c3
