@@ -1,5 +1,4 @@
 """The site: pages of docs/ and data/, and the notebooks as they are committed. `make docs` builds it into _docs/html; nothing is executed."""
-import logging
 import sys
 from pathlib import Path
 
@@ -7,7 +6,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
 import xmic  # noqa: E402
-from pages import contents, measurements  # noqa: E402
+from pages import committed_tables, contents, made_with, measurements  # noqa: E402
 
 project, author, copyright = "xmic", "The xmic developers", "2026 The xmic developers"
 version = release = xmic.__version__
@@ -26,12 +25,14 @@ nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath", "substitution", "colon_fence"]
 myst_heading_anchors = 4
 NBS = ROOT / "nbs"
-RUN = [NBS / f"{name}.ipynb" for name in ("extract", "store_frames", "train", "evaluate", "report", "clips", "mini_pretrain")]
+PIPELINE = ["extract", "store_frames", "train", "evaluate"]  # come first; then tables and whatever else is run
+ELSEWHERE = {"index", "method", "explore"}
+RUN = [p for p in NBS.glob("[!0-9]*.ipynb") if p.stem not in ELSEWHERE] + list((NBS / "tables").glob("*.ipynb"))
+RUN.sort(key=lambda p: (p.stem not in PIPELINE, p.parent == NBS, PIPELINE.index(p.stem) if p.stem in PIPELINE else 0, p.stem))
 myst_substitutions = measurements(ROOT / "reports" / "bench") | dict(
-    notebooks=contents(sorted(NBS.glob("[0-9]*.ipynb"))), run_notebooks=contents([*RUN, *sorted((NBS / "tables").glob("*.ipynb"))]))
-
-# A folder of notebooks may be empty.
-logging.getLogger("sphinx.sphinx.directives.other").addFilter(lambda record: "toctree glob pattern" not in record.getMessage())
+    made_with=made_with, cpu_extraction="ViT-B-16-quickgelu, 456x256, cpu",
+    notebooks=contents(sorted(NBS.glob("[0-9]*.ipynb"))), run_notebooks=contents(RUN), tutorials=contents(sorted((NBS / "tutorials").glob("*.ipynb"))),
+    explorer=contents(sorted(NBS.glob("explore.ipynb"))), mini_tables=committed_tables(ROOT / "reports" / "mini"))
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "none"  # pages.py writes them beside what the comments say

@@ -118,7 +118,7 @@ def as_page(app, docname, source):
         module = named.get("default_exp", module)
         if cell["cell_type"] == "raw" or "hide" in named or "default_exp" in named:
             continue
-        cell["source"] = re.sub(r"(?m)^#\|.*\n?", "", text)
+        cell["source"] = re.sub(r"(?m)^(#\||# papermill_description).*\n?", "", text)
         if "export" in named and only_imports(cell["source"]):
             continue
         if "export" in named and module:
@@ -153,6 +153,14 @@ def beside_readme(app, path, docname, content):
     "The README's links start at the root."
     if Path(path).name == "README.md":
         content[0] = re.sub(r"\]\((?!https?:|#|/)", "](../", content[0])
+
+
+def by_module(app, docname, source):
+    "A link to a module leads to the notebook that it is written from, whatever that one's number."
+    def notebook(link: re.Match) -> str:
+        found = sorted((ROOT / "nbs").glob(f"[0-9]*_{link[2]}.ipynb"))
+        return f"]({link[1]}nbs/{found[0].name})" if found else link[0]
+    source[0] = re.sub(r"\]\(((?:\.\./)*)xmic/(\w+)\.py\)", notebook, source[0])
 
 
 # Formulas as MathML, which every browser shows by itself.
@@ -224,16 +232,32 @@ def measurements(folder: Path) -> dict:
     return {**found, **lists, "all_benchmarks": "\n\n".join(sections)}
 
 
-# Lists of notebooks, by what their first cells say.
+# Lists of notebooks, by what their first cells say; and the committed tables.
 
-def contents(names: list[Path]) -> str:
-    "Titles with links, and the line below each."
-    rows = []
-    for path in names:
-        first = next("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
-        title, said = re.search(r"(?m)^# (.+)$", first)[1], re.search(r"(?m)^> (.+)$", first)
-        rows.append(f"| [{title}](../{path.relative_to(ROOT).as_posix()}) | {said[1] if said else ''} |")
-    return "\n".join(["| notebook | what it holds |", "|---|---|", *rows])
+def opening(notebook: Path) -> tuple[str, str]:
+    "Title, and the line below it."
+    first = next("".join(c["source"]) for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
+    said = re.search(r"(?m)^> (.+)$", first)
+    return re.search(r"(?m)^# (.+)$", first)[1], said[1] if said else ""
+
+
+def contents(notebooks: list[Path]) -> str:
+    "A table of notebooks, and the same for the site's menu."
+    places = {path: "../" + path.relative_to(ROOT).as_posix() for path in notebooks}
+    rows = ["| [{}]({}) | {} |".format(opening(path)[0], place, opening(path)[1]) for path, place in places.items()]
+    menu = ["", "```{toctree}", ":hidden:", "", *(place.removesuffix(".ipynb") for place in places.values()), "```"]
+    return "\n".join(["| notebook | what it holds |", "|---|---|", *rows, *menu]) if rows else ""
+
+
+def committed_tables(folder: Path) -> str:
+    "Each table of a report: its title, numbers, figure and notebook."
+    sections = []
+    for path in sorted(folder.glob("table*.md")):
+        notebook, text = f"nbs/tables/{path.stem}.ipynb", re.sub(r"(?m)^#+ (.+)$", r"\1.", path.read_text(encoding="utf-8"))
+        title = opening(ROOT / notebook)[0]
+        figure = f"../{path.relative_to(ROOT).with_suffix('.svg').as_posix()}"
+        sections.append(f"## {title}\n\n{text}\n\n![{title}, as a figure]({figure})\n\n[How it is made](../{notebook})")
+    return "\n\n".join(sections)
 
 
 def home(app, error):
@@ -246,6 +270,7 @@ def home(app, error):
 def setup(app):
     app.add_directive("reference", Reference)
     app.connect("source-read", as_page)
+    app.connect("source-read", by_module)
     app.connect("include-read", beside_readme)
     app.connect("autodoc-process-docstring", describe)
     app.connect("autodoc-skip-member", skip)
