@@ -6,7 +6,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
 import xmic  # noqa: E402
-from pages import committed_tables, contents, made_with, measurements  # noqa: E402
+from pages import committed_tables, contents, measurements  # noqa: E402
 
 project, author, copyright = "xmic", "The xmic developers", "2026 The xmic developers"
 version = release = xmic.__version__
@@ -30,7 +30,7 @@ ELSEWHERE = {"index", "method", "explore"}
 RUN = [p for p in NBS.glob("[!0-9]*.ipynb") if p.stem not in ELSEWHERE] + list((NBS / "tables").glob("*.ipynb"))
 RUN.sort(key=lambda p: (p.stem not in PIPELINE, p.parent == NBS, PIPELINE.index(p.stem) if p.stem in PIPELINE else 0, p.stem))
 myst_substitutions = measurements(ROOT / "reports" / "bench") | dict(
-    made_with=made_with, cpu_extraction="ViT-B-16-quickgelu, 456x256, cpu",
+    cpu_extraction="ViT-B-16-quickgelu, 456x256, cpu",
     notebooks=contents(sorted(NBS.glob("[0-9]*.ipynb"))), run_notebooks=contents(RUN), tutorials=contents(sorted((NBS / "tutorials").glob("*.ipynb"))),
     explorer=contents(sorted(NBS.glob("explore.ipynb"))), mini_tables=committed_tables(ROOT / "reports" / "mini"))
 

@@ -228,7 +228,9 @@ def measurements(folder: Path) -> dict:
         command = f"\n\n```\n{value['command']}\n```" if "command" in value else ""
         sections.append("\n\n".join([f"### {name}.json", made_with(value) + command, as_table([dict(what=k, value=v) for k, v in flat(shown).items()]), *tables(shown)]))
         lists |= {f"{name}_{key}": as_table(v) for key, v in shown.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
-        value["made_with"] = f"*{made_with(value)}*"
+        for entry in [value, *value.values()]:
+            if isinstance(entry, dict) and "versions" in entry:
+                entry["made_with"] = f"*{made_with(entry)}*"
     return {**found, **lists, "all_benchmarks": "\n\n".join(sections)}
 
 
