@@ -119,6 +119,8 @@ def as_page(app, docname, source):
         if cell["cell_type"] == "raw" or "hide" in named or "default_exp" in named:
             continue
         cell["source"] = re.sub(r"(?m)^(#\||# papermill_description).*\n?", "", text)
+        if cell["cell_type"] == "code":
+            cell["source"] = re.sub(r"\A(?=%%)", "# ", cell["source"])  # what follows is Python, and shown as such
         if "export" in named and only_imports(cell["source"]):
             continue
         if "export" in named and module:
