@@ -228,7 +228,8 @@ def measurements(folder: Path) -> dict:
     for name, value in found.items():
         shown = {k: v for k, v in value.items() if k not in ("hardware", "versions", "command", "date", "load_average")}
         command = f"\n\n```\n{value['command']}\n```" if "command" in value else ""
-        sections.append("\n\n".join([f"### {name}.json", made_with(value) + command, as_table([dict(what=k, value=v) for k, v in flat(shown).items()]), *tables(shown)]))
+        single = as_table([dict(what=k, value=v) for k, v in flat(shown).items()])
+        sections.append("\n\n".join([f"### {name}.json", made_with(value) + command, single, *tables(shown)]))
         lists |= {f"{name}_{key}": as_table(v) for key, v in shown.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
         for entry in [value, *value.values()]:
             if isinstance(entry, dict) and "versions" in entry:
