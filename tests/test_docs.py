@@ -164,12 +164,8 @@ def test_commands_exist_with_their_options(block):
         check(words)
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python" and b.reason], ids=named)
-def test_names_that_are_imported_exist(block):
-    for node in ast.walk(ast.parse(block.text)):
-        if isinstance(node, ast.ImportFrom):
-            module = importlib.import_module(node.module)
-            assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+def test_every_python_block_runs():
+    assert not [named(b) for b in BLOCKS if b.language == "python" and b.reason]
 
 
 def test_benchmarks_have_the_options_that_are_named():
