@@ -1,4 +1,4 @@
-# make env | test | lab | reproduce | lock | notebooks | readme | clean. Needs python3, make and git; everything else is installed into .venv.
+# make env | test | lab | reproduce | docs | lock | notebooks | readme | clean. Needs python3, make and git; everything else is installed into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +18,7 @@ GPUS ?= 1
 SNAKEMAKE = snakemake --nolock --cores $(CORES) $(if $(DRY),--dry-run) $(if $(filter paper,$(PROFILE)),--resources gpu=$(GPUS)) \
 	--config profile='$(PROFILE)' size='$(SIZE)' seeds='$(SEEDS)' tables='$(TABLES)' data='$(DATA)'
 
-.PHONY: env test lab reproduce lock notebooks readme clean
+.PHONY: env test lab reproduce docs lock notebooks readme clean
 
 env: $(READY)
 
@@ -42,6 +42,11 @@ reproduce: env
 	@flock -n .snakemake/reproduce.lock true || echo "Another make reproduce is at work in this folder; waiting for it."
 	@flock .snakemake/reproduce.lock $(SNAKEMAKE)
 	$(if $(DRY),,@echo "The report: reports/$(PROFILE)/index.html")
+
+# The site, in _docs/html, from the notebooks as they are committed; a warning is an error.
+docs: env
+	sphinx-build -q -W --keep-going -n -c docs . _docs/html
+	@echo "The site: _docs/html/index.html"
 
 lock: $(BIN)/python
 	$(UV) pip compile --quiet --universal --python-version 3.10 --upgrade --extra dev pyproject.toml -o requirements.lock
