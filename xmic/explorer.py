@@ -551,18 +551,18 @@ def _looks(line: Tensor, view: str, views: Sequence[str]) -> str:
     title = f"{view} looks at " + ", ".join(f"{other} {100 * share:.0f} %" for other, share in zip(views, line.tolist()))
     return f'<div class="xmic-looks" title="{escape(title)}"><b style="width:{100 * float(line[0]):.0f}%"></b></div>'
 
-# %% ../nbs/44_explorer.ipynb #efdb0c31
+# %% ../nbs/44_explorer.ipynb #c483ce54
 def map_html(
     values: Tensor,  # (S, S) rows look at columns
     title: str,
-    names: Sequence[str] = (),  # S, to be written beside the cells; none: only colours
+    names: Sequence[str] = (),  # S, of a small map whose values are written in its cells
 ) -> str:
-    "An attention map; the largest value is the darkest."
-    size, most = len(values), float(values.max())
+    "An attention map; of a large one the largest value is the darkest."
+    size, most = len(values), 1.0 if names else float(values.max())
     cells = [f'<rect x="{j}" y="{i}" width="1" height="1" fill-opacity="{v / most:.2f}"><title>{100 * v:.1f} %</title></rect>' + (
         f'<text x="{j + .5}" y="{i + .58}" font-size=".22" text-anchor="middle">{100 * v:.0f} %</text>' if names else "")
         for i, line in enumerate(values.tolist()) for j, v in enumerate(line)]
-    legend = f"rows and columns: {', '.join(names)}" if names else f"darkest: {100 * most:.0f} %, even: {100 / size:.0f} %"
+    legend = f"rows look at columns: {', '.join(names)}" if names else f"darkest: {100 * most:.0f} %, even: {100 / size:.0f} %"
     return (f'<div class="xmic-map"><div>{escape(title)}</div><svg viewBox="0 0 {size} {size}">{"".join(cells)}</svg>'
             f'<div class="xmic-quiet">{escape(legend)}</div></div>')
 
@@ -584,7 +584,7 @@ def attention_html(
         words.append("Columns: what each frame receives of the others along time.")
     return f'<div class="xmic-attention"><div class="xmic-quiet">{" ".join(map(escape, words))}</div><div class="xmic-row">{"".join(maps)}</div></div>'
 
-# %% ../nbs/44_explorer.ipynb #a6eb5115
+# %% ../nbs/44_explorer.ipynb #964eca57
 def _rows_html(rows: list[tuple[str, float, str, str, bool]]) -> str:  # name, bar in per cent, value, remark, right
     return "<table>" + "".join(
         f'<tr class="{"xmic-right" if right else ""}"><td class="xmic-share" style="--share:{share:.1f}%" title="{escape(name)}">'
@@ -604,7 +604,7 @@ def ranking_html(
     sides = []
     for side, other, title in (("before", "after", titles[0]), ("after", "before", titles[1])):
         best = table.nsmallest(top, f"rank_{side}")
-        remark = lambda r: f"{'was' if side == 'after' else 'then'} {r[f'rank_{other}']}."
+        remark = lambda r: f"{'was' if side == 'after' else 'then'} #{r[f'rank_{other}']}"
         rows = [(r["name"], r[side], f"{r[side]:.1f} %", remark(r), r["right"]) for r in best.to_dict("records")]
         sides.append(_side(side, title, _rows_html(rows)))
     right = table[table.right].head(1).to_dict("records")
@@ -632,18 +632,24 @@ def _near(table: pd.DataFrame, side: str, top: int) -> str:
     best = table.nlargest(top, side)
     return _rows_html([(name, max(0.0, 100 * cosine), f"{cosine:.3f}", "", False) for name, cosine in zip(best["name"], best[side])])
 
-# %% ../nbs/44_explorer.ipynb #249a1571
+# %% ../nbs/44_explorer.ipynb #dd0edede
 LISTED = 500  # clips in the list
 
 
 def _control(kind: type, description: str, **settings: Any) -> W.Widget:
-    return kind(description=description, style=dict(description_width="auto"), layout=dict(width="auto", flex="1 1 150px", min_width="120px"), **settings)
+    return kind(description=description, style=dict(description_width="auto"), layout=dict(width="auto", min_width="0"), **settings)
 
 
-def _line(*parts: W.Widget, **layout: Any) -> W.Box:
-    return W.Box(parts, layout=dict(display="flex", flex_flow="row wrap", width="100%", **layout))
+def _line(*parts: W.Widget, least: str = "150px") -> W.Box:
+    for part in parts:
+        if part.layout.flex is None: part.layout.flex = f"1 1 {least}"
+    return W.Box(parts, layout=dict(display="flex", flex_flow="row wrap", align_items="flex-start", margin="0"))
 
-# %% ../nbs/44_explorer.ipynb #8ebd93a9
+
+def _column(*parts: W.Widget, flex: str) -> W.VBox:
+    return W.VBox(parts, layout=dict(flex=flex, min_width="0", margin="0 6px 0 0"))
+
+# %% ../nbs/44_explorer.ipynb #01047602
 class Explorer(W.VBox):
     "Everything at once: clips, attention, two rankings, names, and what is won or lost."
 
@@ -659,14 +665,15 @@ class Explorer(W.VBox):
             dataset=_control(W.Dropdown, "dataset"), split=_control(W.Dropdown, "split", options=["test", "train"]), kind=_control(W.Dropdown, "kind"),
             label=_control(W.Dropdown, "class"), before=_control(W.Dropdown, "compare"), after=_control(W.Dropdown, "with"),
             outcome=_control(W.Dropdown, "clips", options=[("all", ""), *((o, o) for o in OUTCOMES)]),
-            segment=W.Select(rows=16, layout=dict(width="100%")), names=W.Textarea(rows=12, layout=dict(width="100%")),
+            segment=W.Select(rows=16, layout=dict(width="auto")), names=W.Textarea(rows=12, layout=dict(width="auto")),
             about=_control(W.Combobox, "neighbours of", placeholder="the right name, or any other", **text))
         film = dict(path=("video file", "/path/to/kitchen.mp4"), start=("from", "s"), stop=("to", "s"), boxes=("hand boxes", "none, or a CSV file"))
         self.film = {name: _control(W.Text, said, placeholder=hint, **text) for name, (said, hint) in film.items()}
         self.source = W.ToggleButtons(options=["clips of the dataset", "a video of my own"], style=dict(button_width="auto"))
         self.attention = W.ToggleButton(True, description="attention", icon="eye", layout=dict(width="auto"))
         self.own_names = W.Button(description="the dataset's names", layout=dict(width="auto"))
-        self.shown = {name: W.HTML(layout=dict(width="100%")) for name in ("message", "title", "strip", "maps", "ranking", "names", "neighbours")}
+        parts = ("message", "title", "strip", "maps", "ranking", "names", "neighbours")
+        self.shown = {name: W.HTML(layout=dict(width="auto", margin="0 2px 6px")) for name in parts}
         super().__init__(self._arranged())
         self.add_class("xmic-explorer")
         self._listen()
@@ -675,17 +682,16 @@ class Explorer(W.VBox):
 
     def _arranged(self) -> list[W.Widget]:
         c, s, film = self.controls, self.shown, self.film
-        for name in ("before", "after"): c[name].layout.flex = "1 1 320px"
-        film["path"].layout.flex = "3 1 320px"
-        for name in ("start", "stop"): film[name].layout.flex = "0 1 90px"; film[name].layout.min_width = "80px"
-        self._of_dataset = W.VBox([c["outcome"], c["label"], c["segment"]], layout=dict(flex="1 1 210px", min_width="190px"))
-        self._of_film = _line(*film.values())
+        for button in (self.source, self.attention): button.layout.flex = "0 1 auto"
+        for name in ("start", "stop"): film[name].layout.flex = "0 1 90px"
+        self._of_dataset = _column(c["outcome"], c["label"], c["segment"], flex="1 1 210px")
+        self._of_film = _line(*film.values(), least="260px")
         self._of_film.layout.display = "none"
-        clip = W.VBox([s["title"], s["strip"], s["maps"]], layout=dict(flex="4 1 420px", min_width="300px"))
-        names = W.VBox([s["names"], c["names"], self.own_names], layout=dict(flex="1 1 210px", min_width="190px"))
-        answers = W.VBox([s["ranking"], c["about"], s["neighbours"]], layout=dict(flex="4 1 420px", min_width="300px"))
+        clip = _column(s["title"], s["strip"], s["maps"], flex="4 1 420px")
+        names = _column(s["names"], c["names"], self.own_names, flex="1 1 210px")
+        answers = _column(s["ranking"], c["about"], s["neighbours"], flex="4 1 420px")
         return [W.HTML(STYLE, layout=dict(display="none")), _line(self.source, self.attention), _line(c["dataset"], c["split"], c["kind"]),
-                _line(c["before"], c["after"]), self._of_film, s["message"], _line(self._of_dataset, clip), _line(names, answers)]
+                _line(c["before"], c["after"], least="320px"), self._of_film, s["message"], _line(self._of_dataset, clip), _line(names, answers)]
 
     def _listen(self) -> None:
         for name, control in self.controls.items():
@@ -837,7 +843,7 @@ def _one_line(error: object) -> str:
 def _lines(text: str) -> list[str]:
     return [name.strip() for name in text.splitlines() if name.strip()]
 
-# %% ../nbs/44_explorer.ipynb #faeb5721
+# %% ../nbs/44_explorer.ipynb #52fb62ef
 def ready(
     root: str | Path = "runs",  # of the runs
     size: str = "default",  # of the mini world that is made where there is no finished run: "tiny", "default" or "large"
@@ -847,7 +853,8 @@ def ready(
     runs = finished_runs(root)
     config = next(iter(runs.values()), None)
     if config is None:
-        print(f"There is no finished run in {from_root(root)}. Making one on the mini world, for nouns and verbs: this takes a minute or two.", flush=True)
+        print(f"There is no finished run in {from_root(root)}. Making one on the mini world, for nouns and verbs"
+              f"{': three or four minutes on two cores' * (size == 'default')}.", flush=True)
         (source, *targets), mini = DATASETS, profile(size=size)
         train(prepare(TrainConfig(**mini.train | mini.methods["xmic"] | dict(
             dataset=source, data_root=mini.root(source), targets=targets, labels="both", runs_root=str(root), device=device, progress=True))))
