@@ -115,7 +115,8 @@ class Shown:
         self.explorer.locator(part).filter(has_text=text).first.wait_for()
 
     def select(self, description: str, value: str) -> None:
-        self.control(description).select_option(label=value)
+        options = [" ".join(option.split()) for option in self.control(description).locator("option").all_inner_texts()]
+        self.control(description).select_option(index=options.index(value))
 
 
 def the_clip_is_shown(shown: Shown) -> None:
@@ -168,17 +169,19 @@ def neighbours_are_asked_for(shown: Shown) -> None:
 def other_clips_are_chosen(shown: Shown) -> None:
     "Another clip, another dataset, verbs, a class, and what the method wins and loses."
     clips, title = shown.explorer.locator(".widget-select select"), shown.text(".xmic-title")
-    wanted = clips.locator("option").nth(3).inner_text()
-    clips.select_option(label=wanted)
-    shown.wait(".xmic-title", wanted.split(" · ")[1])
+    segment = clips.locator("option").nth(3).inner_text().split("·")[1].strip()
+    clips.select_option(index=3)
+    shown.wait(".xmic-title", segment)
     assert shown.text(".xmic-title") != title
     the_clip_is_shown(shown)
 
     title = shown.text(".xmic-title")
     shown.select("dataset", "ego4d")
     shown.page.wait_for_function("title => document.querySelector('.xmic-title').innerText.replace(/\\s+/g, ' ').trim() !== title", arg=title)
+    nouns = shown.explorer.locator("textarea").input_value()
     shown.select("kind", "verb")
-    shown.page.wait_for_function("document.querySelector('.xmic-explorer textarea').value.startsWith('take')")
+    shown.page.wait_for_function("nouns => document.querySelector('.xmic-explorer textarea').value !== nouns", arg=nouns)
+    assert set(shown.names("after")) <= set(shown.explorer.locator("textarea").input_value().splitlines())
     both_sides_are_ranked(shown)
 
     told = 0
@@ -248,6 +251,7 @@ def test_explore_from_nothing_in_jupyterlab(project):
         page.locator(f".xmic-strip img, {ERRORS}").first.wait_for()
         assert page.locator(ERRORS).all_inner_texts() == []
         assert "no finished run" in page.locator(".jp-Notebook").inner_text()
+        page.screenshot(path=kept / "explore-page.png")
 
         shown = Shown(page)
         the_clip_is_shown(shown)

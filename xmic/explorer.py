@@ -498,12 +498,14 @@ class Bench:
         degrees = None if vector is None else float(turned(text[:1], vector[None]))
         return neighbours(about, names, text, vector), degrees
 
-# %% ../nbs/44_explorer.ipynb #6b61666d
+# %% ../nbs/44_explorer.ipynb #3eea64b2
 STYLE = """<style>
 .xmic-explorer { --xt: var(--jp-ui-font-color1, #222); --xq: var(--jp-ui-font-color2, #666); --xl: var(--jp-border-color2, #ddd);
   --xb: var(--jp-brand-color1, #1976d2); --xr: var(--jp-success-color1, #388e3c); }
 .xmic-explorer .widget-html-content { line-height: 1.35; color: var(--xt); font-size: 13px; }
-.xmic-explorer textarea { font-family: var(--jp-code-font-family, monospace); }
+.xmic-explorer textarea { font-family: var(--jp-code-font-family, monospace); } .xmic-explorer .widget-select select { align-self: stretch; }
+[data-jp-theme-light="false"] .xmic-explorer { --jp-widgets-dropdown-arrow: url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox=\
+'0 0 18 18'%3E%3Cpath fill='%23ccc' d='M5 7l4 4 4-4z'/%3E%3C/svg%3E"); }
 .xmic-message { min-height: 1.5em; color: var(--xq); } .xmic-message.fault { color: var(--jp-error-color1, #d32f2f); font-weight: 600; }
 .xmic-box { container-type: inline-size; } .xmic-quiet { color: var(--xq); } .xmic-title { font-size: 15px; margin-bottom: 4px; overflow-wrap: anywhere; }
 .xmic-strip { display: grid; grid-template-columns: repeat(8, 1fr); gap: 4px; }
@@ -513,7 +515,7 @@ STYLE = """<style>
 .xmic-looks { display: flex; height: 5px; margin-top: 2px; background: var(--xl); } .xmic-looks b { background: var(--xr); }
 .xmic-time { display: flex; align-items: end; height: 26px; margin-top: 3px; border-bottom: 1px solid var(--xl); }
 .xmic-time b { flex: 1; background: var(--xb); }
-.xmic-row { display: flex; flex-wrap: wrap; gap: 8px 28px; margin-top: 8px; } .xmic-map { width: 150px; } .xmic-map rect { fill: var(--xb); }
+.xmic-row { display: flex; flex-wrap: wrap; gap: 8px 24px; margin-top: 8px; } .xmic-map { width: 165px; } .xmic-map rect { fill: var(--xb); }
 .xmic-map text { fill: var(--xt); }
 .xmic-map svg { width: 100%; border: 1px solid var(--xl); display: block; } .xmic-side { flex: 1 1 250px; min-width: 220px; }
 .xmic-side h4 { margin: 0 0 3px; overflow-wrap: anywhere; }
@@ -632,7 +634,7 @@ def _near(table: pd.DataFrame, side: str, top: int) -> str:
     best = table.nlargest(top, side)
     return _rows_html([(name, max(0.0, 100 * cosine), f"{cosine:.3f}", "", False) for name, cosine in zip(best["name"], best[side])])
 
-# %% ../nbs/44_explorer.ipynb #dd0edede
+# %% ../nbs/44_explorer.ipynb #1bfb1ed1
 LISTED = 500  # clips in the list
 
 
@@ -640,16 +642,16 @@ def _control(kind: type, description: str, **settings: Any) -> W.Widget:
     return kind(description=description, style=dict(description_width="auto"), layout=dict(width="auto", min_width="0"), **settings)
 
 
-def _line(*parts: W.Widget, least: str = "150px") -> W.Box:
+def _line(*parts: W.Widget, least: str = "150px", align: str = "flex-start") -> W.Box:
     for part in parts:
         if part.layout.flex is None: part.layout.flex = f"1 1 {least}"
-    return W.Box(parts, layout=dict(display="flex", flex_flow="row wrap", align_items="flex-start", margin="0"))
+    return W.Box(parts, layout=dict(display="flex", flex_flow="row wrap", align_items=align, margin="0"))
 
 
 def _column(*parts: W.Widget, flex: str) -> W.VBox:
     return W.VBox(parts, layout=dict(flex=flex, min_width="0", margin="0 6px 0 0"))
 
-# %% ../nbs/44_explorer.ipynb #01047602
+# %% ../nbs/44_explorer.ipynb #83eb8131
 class Explorer(W.VBox):
     "Everything at once: clips, attention, two rankings, names, and what is won or lost."
 
@@ -665,7 +667,7 @@ class Explorer(W.VBox):
             dataset=_control(W.Dropdown, "dataset"), split=_control(W.Dropdown, "split", options=["test", "train"]), kind=_control(W.Dropdown, "kind"),
             label=_control(W.Dropdown, "class"), before=_control(W.Dropdown, "compare"), after=_control(W.Dropdown, "with"),
             outcome=_control(W.Dropdown, "clips", options=[("all", ""), *((o, o) for o in OUTCOMES)]),
-            segment=W.Select(rows=16, layout=dict(width="auto")), names=W.Textarea(rows=12, layout=dict(width="auto")),
+            segment=W.Select(rows=16, layout=dict(width="auto", height="auto", flex="1 1 auto")), names=W.Textarea(rows=12, layout=dict(width="auto")),
             about=_control(W.Combobox, "neighbours of", placeholder="the right name, or any other", **text))
         film = dict(path=("video file", "/path/to/kitchen.mp4"), start=("from", "s"), stop=("to", "s"), boxes=("hand boxes", "none, or a CSV file"))
         self.film = {name: _control(W.Text, said, placeholder=hint, **text) for name, (said, hint) in film.items()}
@@ -691,7 +693,8 @@ class Explorer(W.VBox):
         names = _column(s["names"], c["names"], self.own_names, flex="1 1 210px")
         answers = _column(s["ranking"], c["about"], s["neighbours"], flex="4 1 420px")
         return [W.HTML(STYLE, layout=dict(display="none")), _line(self.source, self.attention), _line(c["dataset"], c["split"], c["kind"]),
-                _line(c["before"], c["after"], least="320px"), self._of_film, s["message"], _line(self._of_dataset, clip), _line(names, answers)]
+                _line(c["before"], c["after"], least="320px"), self._of_film, s["message"], _line(self._of_dataset, clip, align="stretch"),
+                _line(names, answers)]
 
     def _listen(self) -> None:
         for name, control in self.controls.items():
