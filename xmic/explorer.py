@@ -498,7 +498,7 @@ class Bench:
         degrees = None if vector is None else float(turned(text[:1], vector[None]))
         return neighbours(about, names, text, vector), degrees
 
-# %% ../nbs/44_explorer.ipynb #3eea64b2
+# %% ../nbs/44_explorer.ipynb #7016d3b7
 STYLE = """<style>
 .xmic-explorer { --xt: var(--jp-ui-font-color1, #222); --xq: var(--jp-ui-font-color2, #666); --xl: var(--jp-border-color2, #ddd);
   --xb: var(--jp-brand-color1, #1976d2); --xr: var(--jp-success-color1, #388e3c); }
@@ -515,9 +515,9 @@ STYLE = """<style>
 .xmic-looks { display: flex; height: 5px; margin-top: 2px; background: var(--xl); } .xmic-looks b { background: var(--xr); }
 .xmic-time { display: flex; align-items: end; height: 26px; margin-top: 3px; border-bottom: 1px solid var(--xl); }
 .xmic-time b { flex: 1; background: var(--xb); }
-.xmic-row { display: flex; flex-wrap: wrap; gap: 8px 24px; margin-top: 8px; } .xmic-map { width: 165px; } .xmic-map rect { fill: var(--xb); }
+.xmic-row { display: flex; flex-wrap: wrap; gap: 8px 24px; margin-top: 8px; } .xmic-map { width: 165px; max-width: 100%; } .xmic-map rect { fill: var(--xb); }
 .xmic-map text { fill: var(--xt); }
-.xmic-map svg { width: 100%; border: 1px solid var(--xl); display: block; } .xmic-side { flex: 1 1 250px; min-width: 220px; }
+.xmic-map svg { width: 100%; border: 1px solid var(--xl); display: block; } .xmic-side { flex: 1 1 250px; min-width: min(220px, 100%); }
 .xmic-side h4 { margin: 0 0 3px; overflow-wrap: anywhere; }
 .xmic-side table { width: 100%; border-collapse: collapse; table-layout: fixed; }
 .xmic-side td { padding: 1px 4px 1px 0; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
