@@ -218,7 +218,8 @@ def a_video_of_ones_own_is_opened(shown: Shown, video: Path) -> None:
         shown.control("video file").fill(path)
         shown.control("video file").press("Enter")
         shown.wait(part, said)
-    assert shown.explorer.locator(".xmic-strip img").count() == 16 and shown.explorer.locator(".xmic-picture i").count() == 0
+    shown.explorer.locator(".xmic-picture i").first.wait_for(state="detached")  # no boxes were given
+    assert shown.explorer.locator(".xmic-strip img").count() == 16
     both_sides_are_ranked(shown)
     shown.explorer.get_by_role("button", name="clips of the dataset").click()
     shown.explorer.locator(".xmic-picture i").first.wait_for()
@@ -252,7 +253,7 @@ def test_explore_from_nothing_in_jupyterlab(project):
         page.goto(address.format("explore.ipynb"))
         page.locator(".jp-CodeCell").last.wait_for()
         page.locator(".jp-StatusBar-Left, #jp-bottom-panel").get_by_text("| Idle").wait_for()
-        page.evaluate("jupyterapp.commands.execute('application:toggle-left-area')")
+        page.evaluate("jupyterapp.shell.collapseLeft()")
         page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
         page.locator(f".xmic-strip img, {ERRORS}").first.wait_for()
         assert page.locator(ERRORS).all_inner_texts() == []
