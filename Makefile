@@ -34,7 +34,7 @@ test: env
 	bash tests/run
 
 lab: env
-	jupyter lab nbs
+	jupyter lab nbs/explore.ipynb
 
 # One at a time in a folder. This lock ends with its process, however that ends; snakemake's own would outlive a kill.
 reproduce: env
