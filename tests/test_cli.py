@@ -131,6 +131,15 @@ def test_a_stream_from_the_standard_input(films):
     assert [(a["video"], a["start"], a["stop"]) for a in lines(done.stdout)] == [("-", 0, 2), ("-", 2, 4), ("-", 4, 6)]
 
 
+def test_a_pipe_with_its_index_at_the_end_says_what_to_do(tmp_path):
+    images = list(np.random.default_rng(0).integers(0, 256, (60, 120, 160, 3), np.uint8))  # too much to be held back until the index comes
+    late = write_video(tmp_path / "late.mp4", 60, 10, images=images, faststart=False)
+    done = subprocess.run([sys.executable, "-c", "from xmic.cli import main; main()", "predict", "-", *MINI, *NAMES],
+                          input=late.read_bytes(), capture_output=True, cwd=ROOT)
+    said = done.stderr.decode()
+    assert done.returncode == 1 and not done.stdout and said.startswith("xmic: -: ") and "Matroska or MPEG-TS" in said and said.count("\n") == 1
+
+
 def test_names_from_files_and_from_the_official_lists(films, tmp_path, shared_data):
     (tmp_path / "verbs.txt").write_text("take\nput\n")
     nouns = shared_data / "epic_kitchens_100_annotations/EPIC_100_noun_classes.csv"

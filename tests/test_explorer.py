@@ -213,7 +213,7 @@ def test_bars_boxes_and_titles_say_the_numbers():
 
 def test_recent_keeps_what_was_used_last():
     recent = Recent(2)
-    assert [recent.get(key, lambda: key.upper()) for key in "abac"] == ["A", "B", "A", "C"] and list(recent) == ["a", "c"]
+    assert [recent.of(key, lambda: key.upper()) for key in "abac"] == ["A", "B", "A", "C"] and list(recent) == ["a", "c"]
 
 
 def test_little_is_kept(bench):

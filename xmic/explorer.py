@@ -7,7 +7,7 @@ __all__ = ['OUTCOMES', 'ZERO_SHOT', 'STYLE', 'LISTED', 'read_names', 'Vocabulary
            'pictures', 'Recent', 'OpenRun', 'compare', 'Film', 'Choice', 'finished_runs', 'Bench', 'strip_html',
            'map_html', 'attention_html', 'ranking_html', 'neighbours_html', 'Explorer', 'ready']
 
-# %% ../nbs/39_explorer.ipynb #fdbaeb3b
+# %% ../nbs/39_explorer.ipynb #8db2bae5
 import base64
 import io
 import time
@@ -40,7 +40,7 @@ from .files import DataError, brief, from_root, read_json, settings
 from .hands import HandBoxes
 from .inspection import Look, turned
 from .streams import Batch
-from .training import CONDITIONED, PIXELS, RunData, RunResult, Split, TrainConfig, dataset_root, load_trained, pick_device, resolve, test_batches, train
+from .training import PIXELS, RunData, RunResult, Split, TrainConfig, dataset_root, load_trained, pick_device, reads_context, resolve, test_batches, train
 from .video import frame_indices, frame_times, probe, read_frames
 
 # %% ../nbs/39_explorer.ipynb #b327331a
@@ -158,7 +158,7 @@ def pictures(
         shown.append(Picture(file.getvalue(), place, number / info.fps))
     return shown
 
-# %% ../nbs/39_explorer.ipynb #4a26506e
+# %% ../nbs/39_explorer.ipynb #9ff916e5
 class Recent(OrderedDict):
     "What was made last, by key, and no more than `keep` of it."
 
@@ -166,7 +166,7 @@ class Recent(OrderedDict):
         super().__init__()
         self.keep = keep
 
-    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    def of(self, key: Hashable, make: Callable[[], Any]) -> Any:
         "What is kept under a key, else what `make` gives."
         if key not in self:
             self[key] = make()
@@ -196,7 +196,7 @@ def _film(path: Path, start: float | None, stop: float | None, frames: int) -> t
     every = wanted_frames(info, segment, times=None if info.folder else frame_times(path))
     return segment, every[frame_indices(0, len(every), frames)]
 
-# %% ../nbs/39_explorer.ipynb #d47a9ce4
+# %% ../nbs/39_explorer.ipynb #d526c519
 class OpenRun:
     "A finished run, to be asked about single clips and any names. Raises `DataError` if what it was made from is gone."
 
@@ -221,7 +221,7 @@ class OpenRun:
 
     def split(self, dataset: str, split: str) -> Split:
         "The segments that have features."
-        return self._splits.get((dataset, split), lambda: self.data.split(dataset, split))
+        return self._splits.of((dataset, split), lambda: self.data.split(dataset, split))
 
     def classes(self, dataset: str, kind: str) -> ClassSet:
         "The dataset's own classes, whose embeddings are there."
@@ -251,7 +251,7 @@ class OpenRun:
         if c.method in PIXELS:
             batch = Batch(sees(self.data.encoder, c.classified_view, pixels=True))
         else:
-            context = [sees(self.data.context, view) for view in c.context_views] if c.method in CONDITIONED else []
+            context = [sees(self.data.context, view) for view in c.context_views] if reads_context(c) else []
             batch = Batch(sees(self.data.encoder, c.classified_view), torch.stack(context, 2) if context else None)
         return Clip(str(path), segment, numbers, batch, {})
 
@@ -366,7 +366,7 @@ def finished_runs(
 def _kinds(config: TrainConfig) -> tuple[str, ...]:
     return ("noun", "verb") if config.labels == "both" else (config.labels,)
 
-# %% ../nbs/39_explorer.ipynb #183c3510
+# %% ../nbs/39_explorer.ipynb #29863215
 class Bench:
     "Finished runs, and what they make of clips. A few of each are kept: runs, clips, outcomes, frames."
 
@@ -402,7 +402,7 @@ class Bench:
         if run not in self._open:
             used = {e.fingerprint for other in self._open.values() for e in (other.data.encoder, other.data.context)}
             self._encoders = {key: e for key, e in self._encoders.items() if key in used}
-        return self._open.get(run, lambda: OpenRun(self.root / run, self.device, self._encoders))
+        return self._open.of(run, lambda: OpenRun(self.root / run, self.device, self._encoders))
 
     def sides(self, choice: Choice) -> tuple[tuple[str, bool], tuple[str, bool]]:  # a run, and whether CLIP as it is stands in for it
         return (choice.after, True) if choice.before == ZERO_SHOT else (choice.before, False), (choice.after, False)
@@ -427,7 +427,7 @@ class Bench:
         for run, plain in self.sides(choice):
             key = (run, plain, choice.dataset, choice.split, choice.kind)
             told = lambda line, run=ZERO_SHOT if plain else run: self.said(f"{run}: {line}")
-            tables.append(self._outcomes.get(key, lambda: self.open(run).outcomes(name, choice.split, choice.kind, plain, told)))
+            tables.append(self._outcomes.of(key, lambda: self.open(run).outcomes(name, choice.split, choice.kind, plain, told)))
         return compare(*tables)
 
     def segments(self, choice: Choice) -> pd.DataFrame:  # segment_id, label (class name or None)
@@ -468,9 +468,9 @@ class Bench:
     def clip(self, choice: Choice, run: str) -> Clip:
         "What is looked at, as a run reads it."
         if choice.film:
-            return self._clips.get((run, choice.film), lambda: self.open(run).film(*choice.film[:3], self.boxes(choice)))
+            return self._clips.of((run, choice.film), lambda: self.open(run).film(*choice.film[:3], self.boxes(choice)))
         key = (run, choice.dataset, choice.split, choice.segment)
-        return self._clips.get(key, lambda: self.open(run).clip(self.datasets[choice.dataset][0], choice.split, choice.segment))
+        return self._clips.of(key, lambda: self.open(run).clip(self.datasets[choice.dataset][0], choice.split, choice.segment))
 
     def boxes(self, choice: Choice) -> HandBoxes | None:
         "The hand boxes of the dataset, or of the video of one's own."
@@ -480,16 +480,16 @@ class Bench:
                 raise DataError(f"there is no file of hand boxes {path}")
             return HandBoxes.from_boxes(path) if path else None
         name, root = self.datasets[choice.dataset]
-        return self._boxes.get(choice.dataset, lambda: hand_boxes(ExtractConfig(dataset=name, data_root=str(root))))
+        return self._boxes.of(choice.dataset, lambda: hand_boxes(ExtractConfig(dataset=name, data_root=str(root))))
 
     def pictures(self, choice: Choice) -> list[Picture]:
         key = choice.film or (choice.dataset, choice.split, choice.segment, choice.after)
-        return self._pictures.get(key, lambda: pictures(self.clip(choice, choice.after), self.boxes(choice)))
+        return self._pictures.of(key, lambda: pictures(self.clip(choice, choice.after), self.boxes(choice)))
 
     def ranking(self, choice: Choice) -> pd.DataFrame:  # see `ranking`
         names = self.names(choice)
-        sides = [self.open(run).logits(self.clip(choice, run).batch, self.open(run).names(names), plain)[0] for run, plain in self.sides(choice)]
-        return ranking(names, *sides, self.clip(choice, choice.after).labels.get(choice.kind))
+        before, after = (self.open(run).logits(self.clip(choice, run).batch, self.open(run).names(names), plain)[0] for run, plain in self.sides(choice))
+        return ranking(names, before, after, self.clip(choice, choice.after).labels.get(choice.kind))
 
     def neighbours(self, choice: Choice, about: str) -> tuple[pd.DataFrame, float | None]:  # see `neighbours`, and degrees
         "The neighbours of a name before and after the shift, and by how far the name is turned."
@@ -651,7 +651,7 @@ def _line(*parts: W.Widget, least: str = "150px", align: str = "flex-start") -> 
 def _column(*parts: W.Widget, flex: str) -> W.VBox:
     return W.VBox(parts, layout=dict(flex=flex, min_width="0", margin="0 6px 0 0"))
 
-# %% ../nbs/39_explorer.ipynb #83eb8131
+# %% ../nbs/39_explorer.ipynb #2d68a32e
 class Explorer(W.VBox):
     "Everything at once: clips, attention, two rankings, names, and what is won or lost."
 
@@ -765,7 +765,7 @@ class Explorer(W.VBox):
         runs, counts, table = bench.runs_of(choice.dataset, choice.kind), bench.counts(choice), bench.segments(choice)
         listed = table.head(LISTED)
         if choice.segment not in set(listed.segment_id): listed = pd.concat([listed, table[table.segment_id == choice.segment]])
-        options = dict(dataset=list(bench.datasets), kind=bench.kinds(choice.dataset), before=[ZERO_SHOT, *runs], after=runs,
+        options: dict[str, Any] = dict(dataset=list(bench.datasets), kind=bench.kinds(choice.dataset), before=[ZERO_SHOT, *runs], after=runs,
                        label=[(f"all ({len(table):,} clips)" if not choice.label else "all", ""), *((f"{n} ({k:,})", n) for n, k in counts.items())],
                        segment=[(f"{r.label or 'no label'} · {r.segment_id}", r.segment_id) for r in listed.itertuples()])
         names = bench.names(choice)

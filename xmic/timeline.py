@@ -150,7 +150,7 @@ def _page(line: Timeline) -> str:
             f'<ul class="notes"><li>{len(line.answers)} stretches to {_clock(end)} s; '
             f"scores are shares among the listed names</li>{notes}</ul>\n" + "\n".join(map(_card, line.answers)) + "\n</main></body></html>\n")
 
-# %% ../nbs/29_timeline.ipynb #e81209c3
+# %% ../nbs/29_timeline.ipynb #2f8c9340
 def _codec() -> str:
     return next(name for name in ("libx264", "h264", "mpeg4") if name == "mpeg4" or _can_encode(name))
 
@@ -202,7 +202,7 @@ def _annotate(line: Timeline, path: str | Path, backend: str) -> None:
     times = np.arange(info.frames) / info.fps if info.folder else frame_times(line.video, backend)
     shown = np.flatnonzero((times >= line.answers[0].start - 1e-6) & (times < line.answers[-1].stop))
     owner = np.searchsorted([a.stop for a in line.answers], times[shown], "right").clip(max=len(line.answers) - 1)
-    with whole_file(path) as part, av.open(str(part), "w", format="mp4") as container:
+    with whole_file(path) as part, av.open(str(part), "w", format="mp4", options=dict(movflags="faststart")) as container:
         stream = container.add_stream(_codec(), rate=Fraction(info.fps).limit_denominator(1001))
         stream.pix_fmt, done = "yuv420p", 0
         stream.codec_context.time_base = Fraction(1, 60_000)
