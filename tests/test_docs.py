@@ -23,8 +23,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BIN = Path(sys.executable).parent
 ENV = os.environ | dict(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}", OMP_NUM_THREADS="1")
-HAS_COMMAND = "[project.scripts]" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-NO_COMMAND = "this package declares no command xmic"
 
 
 @dataclass
@@ -70,18 +68,12 @@ def checkout(tmp_path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if any(not b.reason for b in blocks(page))], ids=lambda p: p.stem)
 def test_code_blocks_run(page, checkout):
-    left_out = False
     for block in blocks(page):
         if block.reason:
-            continue
-        if not HAS_COMMAND and ("data/mini/recognizer" in block.text or block.language == "sh" and any(words[0] == "xmic" for words in commands(block.text))):
-            left_out = True
             continue
         program = [sys.executable, "-c", block.text] if block.language == "python" else ["bash", "-euo", "pipefail", "-c", block.text]
         done = subprocess.run(program, cwd=checkout, env=ENV, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{named(block)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    if left_out:
-        pytest.skip(NO_COMMAND)
 
 
 # What cannot be run is looked at: files, parameters, options and names exist.
@@ -131,8 +123,6 @@ def check_files(words: list[str]) -> None:
 
 
 def check_xmic(words: list[str]) -> None:
-    if not HAS_COMMAND:
-        pytest.skip(NO_COMMAND)
     name = [words[0]] if words and not words[0].startswith("-") else []
     done = subprocess.run(["xmic", *name, "--help"], env=ENV | dict(COLUMNS="200", NO_COLOR="1", TERM="dumb"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
