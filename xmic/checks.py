@@ -35,7 +35,7 @@ from .segments import (_EGO4D_FOLDERS, _EGTEA_FOLDERS, _EPIC_FOLDERS, _csv_path,
                            read_epic_unseen, read_segments)
 from .video import DecodePool, VideoInfo, probe
 
-# %% ../nbs/43_checks.ipynb #0515ad98
+# %% ../nbs/43_checks.ipynb #1f9a824a
 MARKS = {"good": "✓", "note": "·", "warning": "!", "problem": "✗"}
 
 
@@ -109,7 +109,7 @@ def _count(n: int, thing: str) -> str:
 
 
 def _hours(hours: float) -> str:
-    return f"{_hours(hours)}" if hours >= 1 else f"{60 * hours:.1f} min"
+    return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
 
 
 def _spent(hours: float) -> str:
