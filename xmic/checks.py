@@ -35,7 +35,7 @@ from .segments import (_EGO4D_FOLDERS, _EGTEA_FOLDERS, _EPIC_FOLDERS, _csv_path,
                            read_epic_unseen, read_segments)
 from .video import DecodePool, VideoInfo, probe
 
-# %% ../nbs/36_checks.ipynb #48663109
+# %% ../nbs/36_checks.ipynb #835831a5
 MARKS = {"good": "✓", "note": "·", "warning": "!", "problem": "✗"}
 
 
@@ -110,7 +110,7 @@ def _count(n: int, thing: str) -> str:
 
 
 def _hours(hours: float) -> str:
-    return f"{_hours(hours)}" if hours >= 1 else f"{60 * hours:.1f} min"
+    return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
 
 
 def _spent(hours: float) -> str:
