@@ -77,6 +77,7 @@ def test_datasets_lie_where_the_environment_says(monkeypatch, tmp_path):
 
 
 def test_features_are_kept_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.delenv("XMIC_CACHE", raising=False)
     assert features_folder() == features_folder("features") == project_root() / "features"
     monkeypatch.setenv("XMIC_CACHE", str(tmp_path))
     assert features_folder() == features_folder("features") == tmp_path / "features"

@@ -84,13 +84,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
 
 
 def test_every_module_imports_without_the_tools(installed, tmp_path):
-    drawn = ("mini", "pretraining", "scenes", "shapes")  # the mini world is drawn with OpenCV, the extra "mini"
+    extra = ("mini", "pretraining", "scenes", "shapes", "explorer")  # the first four draw with OpenCV, the last has widgets: extras of their own
     code = f"""
 import importlib, pkgutil
 names = [m.name for m in pkgutil.iter_modules(xmic.__path__)]
 assert len(names) > 30
 for name in names:
-    if name not in {drawn}: importlib.import_module(f"xmic.{{name}}")
+    if name not in {extra}: importlib.import_module(f"xmic.{{name}}")
 print("cv2" in sys.modules)
 from xmic.paper import printed
 assert all(len(printed(table)) for table in (*range(1, 8), "poster"))
@@ -123,7 +123,7 @@ if __name__ == "__main__":
     done = outside(tmp_path, installed, code, XMIC_CACHE=str(tmp_path / "disk"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "runs") and {p.name for p in tmp_path.iterdir()} == {"mine", "models", "disk", "runs"}
-    assert {p.name for p in (tmp_path / "disk").iterdir()} == {"features"} and list((tmp_path / "disk").rglob("text/*"))
+    assert {p.name for p in (tmp_path / "disk").iterdir()} == {"features", "text"} and list((tmp_path / "disk").rglob("text/*"))
 
 
 def test_the_mini_world_without_its_extra_and_its_encoders_says_what_to_install(installed, tmp_path):
@@ -144,13 +144,14 @@ def test_extras_name_what_the_kit_imports_and_the_tools_are_in_no_dependency():
     needed = {re.match(r"[\w.-]+", d)[0].lower().replace("-", "_") for d in PROJECT["dependencies"]}
     assert not needed & {tool.lower() for tool in TOOLS}
     names = {"open_clip": "open_clip_torch", "PIL": "pillow", "google": "protobuf", "matplotlib": "seaborn", "cv2": "opencv_python_headless"}
+    optional = {"cv2", "ipywidgets"}
     extra = {re.match(r"[\w.-]+", d)[0].lower().replace("-", "_") for e in PROJECT["optional-dependencies"].values() for d in e}
     for path in sorted((ROOT / "xmic").glob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:  # imported with the module
             for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []):
                 top = name.split(".")[0]
                 if top in sys.stdlib_module_names or top == "xmic": continue
-                assert names.get(top, top.lower()) in (needed | extra if top == "cv2" else needed), (path.name, name)
+                assert names.get(top, top.lower()) in (needed | extra if top in optional else needed), (path.name, name)
 
 
 def test_the_conda_environment_installs_the_same():

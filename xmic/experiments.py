@@ -10,7 +10,7 @@ __all__ = ['DATASETS', 'PAIR', 'MINI_NOTE', 'PAPER_NOTE', 'MINI_METHODS', 'PAPER
            'cells', 'poster_cells', 'rows_of', 'runs', 'Plan', 'plan', 'annotations', 'failures', 'first_rows',
            'introduction', 'world_size', 'prepare']
 
-# %% ../nbs/33_experiments.ipynb #829d6a9b
+# %% ../nbs/33_experiments.ipynb #e8d6b3c2
 import hashlib
 import json
 import os
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Sequence
 
 import pandas as pd
 
-from .files import DataError, code_name, code_sha256, did_you_mean, features_folder, from_root, read_json
+from .files import DataError, brief, code_name, code_sha256, did_you_mean, features_folder, from_root, read_json
 from .paper import PRINTED, printed
 from .segments import _EGO4D_FOLDERS, _EGO4D_SOURCE, _EGTEA_FOLDERS, _EGTEA_SOURCE, _EPIC_FOLDERS, _EPIC_SOURCE, _find, read_segments
 
@@ -61,7 +61,7 @@ class Profile:
     def root(self, dataset: str) -> str:
         return f"{self.data}/{dataset}"
 
-# %% ../nbs/33_experiments.ipynb #9dbcff17
+# %% ../nbs/33_experiments.ipynb #308f42f0
 MINI_METHODS: dict[str, dict] = {  # rates: the best of the published one times 1, 4, 16 and 64, see benchmarks/learning_rates.py
     "coop": dict(lr=0.032),
     "cocoop": dict(lr=0.032),
@@ -113,7 +113,7 @@ def _changed(p: Profile) -> Profile:
     changes, own = read_json(path, dict), [f.name for f in fields(Profile) if f.name not in ("name", "size", "data")]
     for key, value in changes.items():
         if key not in own or type(value) is not type(getattr(p, key)) and not isinstance(getattr(p, key), tuple):
-            raise DataError(f"{path}: {key}={value!r} cannot be set; it may hold {', '.join(own)}{did_you_mean(key, own)}")
+            raise DataError(f"{path}: {brief(key)}={brief(repr(value))} cannot be set; it may hold {', '.join(own)}{did_you_mean(key, own)}")
     merged: dict[str, Any] = {k: {**getattr(p, k), **v} if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
     return replace(p, **merged)
 

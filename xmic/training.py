@@ -267,7 +267,7 @@ def text_tower(
     "The text tower that a run's method learns prompts for."
     return TextTower(encoder.model, encoder.tokenizer, config.text_memory) if config.method in PROMPTED else None
 
-# %% ../nbs/23_training.ipynb #5463e824
+# %% ../nbs/23_training.ipynb #524d4f6c
 _CHOICES: dict[str, tuple[str, ...]] = dict(
     recipe=tuple(RECIPES), dataset=("epic", "ego4d", "egtea", "csv"), labels=("noun", "verb", "both"), method=tuple(METHODS), selection=SELECTIONS,
     optimizer=("adamw", "sgd"), schedule=("constant", "cosine"), prompt_position=POSITIONS, adapter_branches=BRANCHES, adapter_average=AVERAGES,
@@ -288,7 +288,7 @@ def _field_faults(config: TrainConfig) -> list[str]:
         if name == "dataset" and value not in allowed:
             faults += _own_dataset_faults(config)
         elif value not in allowed and not (name == "method" and is_code(value)):
-            faults.append(f"{name}={value!r} is unknown: {', '.join(map(repr, allowed))}" + did_you_mean(value, allowed))
+            faults.append(f"{name}={brief(repr(value))} is unknown: {', '.join(map(repr, allowed))}" + did_you_mean(value, allowed))
     for name in ("frames", "epochs", "batch_size", "prompt_length"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             faults.append(f"{name}={getattr(config, name)} must be at least 1")

@@ -90,7 +90,7 @@ def out_of_memory(
         error = error.__cause__ or error.__context__
     return False
 
-# %% ../nbs/04_video.ipynb #b97255e4
+# %% ../nbs/04_video.ipynb #19c14fef
 _DECODER_ERRORS = (av.error.FFmpegError, OSError, RuntimeError, IndexError, MemoryError)
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,ogg,flv,asf,mxf"  # no playlists, which name other files, and no text
 MOST_PIXELS = 2**26  # of a frame: four times 4K
@@ -110,13 +110,15 @@ def _container(
         stream: Any = container.streams.best("video")
         if stream is None:
             raise VideoError(path, "it holds no video stream")
+        if stream.codec_context is None:
+            raise VideoError(path, "its video is of a kind that FFmpeg has no decoder for, or its header is damaged")
         if (stream.width or 0) * (stream.height or 0) > MOST_PIXELS:
             raise VideoError(path, f"its frames are said to have {stream.width:,} x {stream.height:,} pixels, more than the {MOST_PIXELS:,} that are read")
         stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
         stream.codec_context.thread_count = 1
         yield container, stream
 
-# %% ../nbs/04_video.ipynb #5326a44d
+# %% ../nbs/04_video.ipynb #14f147db
 class _Stamps(NamedTuple):
     "Where the frames of a file are, in the stream's unit of time."
 
@@ -162,7 +164,7 @@ def _stamps(path: str, size: int, changed: int) -> _Stamps:
         raise VideoError(path, f"its first and its last frame are {(max(shown) - min(shown)) * unit:,.0f} seconds apart; its time stamps are damaged")
     return _Stamps(np.sort(np.array(shown)), np.sort(np.array(keys)), unit, kind, broken)
 
-# %% ../nbs/04_video.ipynb #1b0c49fc
+# %% ../nbs/04_video.ipynb #2acdb43b
 class _PyAVReader:
     "One open video, read with PyAV."
 
@@ -243,7 +245,7 @@ def _with_state(frames: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
         held = []
     yield from ((f, patched or any(f.is_corrupt for f in held)) for f in held)
 
-# %% ../nbs/04_video.ipynb #e1287a1e
+# %% ../nbs/04_video.ipynb #336666ea
 def _decord() -> Any:  # a module
     "The module, or None on platforms that it has no wheel for."
     if find_spec("decord") is None:
@@ -361,7 +363,7 @@ def _last_number(path: str, changed: int) -> int:
         raise VideoError(path, f"a frame has the number {max(numbers):,}, and no video is that long")
     return max(numbers)
 
-# %% ../nbs/04_video.ipynb #d09b4391
+# %% ../nbs/04_video.ipynb #f30e1046
 _idle: dict[tuple, Any] = {}  # the reader used last, by process, backend and file
 
 
@@ -522,7 +524,7 @@ def _take(pipe: Connection) -> Any:
             rest = rest[n:]
     return pickle.loads(head, buffers=parts)
 
-# %% ../nbs/04_video.ipynb #37ff8269
+# %% ../nbs/04_video.ipynb #658acb26
 def _work(pipe: Connection, timeout: float) -> None:
     "What a worker process does: one task after another, until the pipe is closed."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -559,7 +561,7 @@ def _end_with_parent() -> None:
     if parent := multiprocessing.parent_process(): parent.join()
     os._exit(1)
 
-# %% ../nbs/04_video.ipynb #06084176
+# %% ../nbs/04_video.ipynb #ea2fbf79
 class _Worker:
     "A worker process and this side of its pipe."
 

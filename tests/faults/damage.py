@@ -32,7 +32,7 @@ def flip(path: Path, rng: random.Random, start: float = 0.0) -> None:
 
 
 def cut(path: Path, rng: random.Random) -> None:
-    path.write_bytes(path.read_bytes()[:rng.randrange(path.stat().st_size)])
+    path.write_bytes(path.read_bytes()[:rng.randrange(path.stat().st_size - 1)])  # a last line break alone would not be missed
 
 
 def small_store(root: Path, seed: int) -> Truth:
