@@ -430,7 +430,7 @@ def test_versions_of_ego4d(shared_data, tmp_path):
     write_json(folder / "fho_lta_taxonomy.json", taxonomy)
     check = look("ego4d", tmp_path / "ego4d")
     assert (check.facts["Annotations"]["nouns"], check.facts["Annotations"]["verbs"]) == (521, 117)
-    assert "2 segments of 1 video, 0.0 h; published were 63,956" in texts(check, "problem") and "the paper has about 33,000" in texts(check, "problem")
+    assert "2 segments of 1 video, 0.3 min; published were 63,956" in texts(check, "problem") and "the paper has about 33,000" in texts(check, "problem")
     write_json(folder / "fho_lta_taxonomy.json", dict(nouns=taxonomy["nouns"][:478], verbs=taxonomy["verbs"][:115]))
     check = look("ego4d", tmp_path / "ego4d")
     assert "478 nouns: this is version 1 of Ego4D" in texts(check, "problem")
