@@ -206,7 +206,7 @@ def test_bars_boxes_and_titles_say_the_numbers():
     assert html.count("<img") == 2 and html.count("<i ") == 1 and "left:10.0%;top:20.0%;width:30.0%;height:40.0%" in html
     assert "hand looks at hand 70 %, full 30 %" in html and "receives 1.50 of an even share" in html and "height:33%" in html
     assert "xmic-time" not in strip_html(shown)
-    assert "70 %" in map_html(maps["spatial"].mean(0), "t", ("hand", "full")) and "darkest: 90 %, even: 50 %" in map_html(maps["temporal"], "t")
+    assert "70 %" in map_html(maps["spatial"].mean(0), "t", ("hand", "full")) and "strongest: 90 %, even: 50 %" in map_html(maps["temporal"], "t")
 
 
 # -- what can be chosen

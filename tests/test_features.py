@@ -315,7 +315,8 @@ def test_an_index_that_fits_sizes_and_not_segments_is_not_believed(store):
     write_json(store.root / "full" / "index.json", index)
     with pytest.raises(DataError, match="elsewhere than"):
         FeatureStore(store.root).segment("a_0", "full")
-    assert list(store.repair().file) == ["index.json"] and (store.segment("a_0", "full") == 0).all()
+    assert ["elsewhere" in fault for fault in FeatureStore(store.root).verify()] == [True]
+    assert list(store.repair().file) == ["index.json"] and (store.segment("a_0", "full") == 0).all() and FeatureStore(store.root).verify() == []
 
 
 def test_a_file_that_is_being_written_is_no_leftover(store):

@@ -477,6 +477,22 @@ def test_faults_stay_with_their_task(ordered):
     assert time.monotonic() - begin < 30
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_worker_that_takes_long_to_die_gets_no_task(ordered, monkeypatch):
+    stop, stopped = video._Worker.stop, []
+
+    def linger(worker):
+        stop(worker)
+        stopped.append(worker)
+        monkeypatch.setattr(worker.process, "is_alive", lambda: True)  # it was killed, and is not gone yet
+
+    monkeypatch.setattr(video._Worker, "stop", linger)
+    with DecodePool(2, 2) as pool:
+        chunks, ends = results(pool.map(misbehave, ["hang", "fine", "crash", "fine", "fine"], ordered))
+    assert stopped and "no frame came" in str(ends[0]) and "SIGSEGV" in str(ends[2])
+    assert all(ends[i] is None and chunks[i][1:] == ["fine"] for i in (1, 3, 4))
+
+
 def test_a_killed_worker_is_reported():
     with DecodePool(2, 60) as pool:
         items, killed = [], None

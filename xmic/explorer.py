@@ -553,18 +553,18 @@ def _looks(line: Tensor, view: str, views: Sequence[str]) -> str:
     title = f"{view} looks at " + ", ".join(f"{other} {100 * share:.0f} %" for other, share in zip(views, line.tolist()))
     return f'<div class="xmic-looks" title="{escape(title)}"><b style="width:{100 * float(line[0]):.0f}%"></b></div>'
 
-# %% ../nbs/39_explorer.ipynb #c483ce54
+# %% ../nbs/39_explorer.ipynb #ad2fb65d
 def map_html(
     values: Tensor,  # (S, S) rows look at columns
     title: str,
     names: Sequence[str] = (),  # S, of a small map whose values are written in its cells
 ) -> str:
-    "An attention map; of a large one the largest value is the darkest."
+    "An attention map; of a large one the largest value is the strongest."
     size, most = len(values), 1.0 if names else float(values.max())
     cells = [f'<rect x="{j}" y="{i}" width="1" height="1" fill-opacity="{v / most:.2f}"><title>{100 * v:.1f} %</title></rect>' + (
         f'<text x="{j + .5}" y="{i + .58}" font-size=".22" text-anchor="middle">{100 * v:.0f} %</text>' if names else "")
         for i, line in enumerate(values.tolist()) for j, v in enumerate(line)]
-    legend = f"rows look at columns: {', '.join(names)}" if names else f"darkest: {100 * most:.0f} %, even: {100 / size:.0f} %"
+    legend = f"rows look at columns: {', '.join(names)}" if names else f"strongest: {100 * most:.0f} %, even: {100 / size:.0f} %"
     return (f'<div class="xmic-map"><div>{escape(title)}</div><svg viewBox="0 0 {size} {size}">{"".join(cells)}</svg>'
             f'<div class="xmic-quiet">{escape(legend)}</div></div>')
 

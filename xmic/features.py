@@ -297,7 +297,7 @@ class FailureLog:
         lines = FailureLog(self.path).read()
         return "".join(json.dumps(lines[i], ensure_ascii=False) + "\n" for i in sorted(lines)).encode()
 
-# %% ../nbs/14_features.ipynb #74d8aace
+# %% ../nbs/14_features.ipynb #93ef853f
 def _faults(folder: Path) -> dict[str, str]:  # file -> what is wrong with it
     dim = _width(folder / "manifest.json", read_json(folder / "manifest.json"))
     faults = {path.name: fault for path in _shards(folder) if (fault := _shard_fault(path, dim))}
@@ -308,6 +308,18 @@ def _faults(folder: Path) -> dict[str, str]:  # file -> what is wrong with it
                 for one, other in ((path.name, first), (first, path.name)):
                     faults.setdefault(one, f"{folder / one} holds segment {segment!r}, and so does {other}: {_repair_of(path)}")
     return faults
+
+
+def _index_faults(folder: Path, damaged: Iterable[str]) -> Iterator[str]:
+    "What index.json says of sound shards that is not so. An entry that does not fit a shard's size is never followed, so it is no fault."
+    try: known = read_json(folder / "index.json", dict)
+    except DataError: return
+    for path in _shards(folder):
+        entry = known.get(path.name)
+        if path.name in damaged or not _describes(entry, _size(path)): continue
+        if list(entry["segments"].items()) != list(read_shard(path)[2]["segments"].items()):
+            yield (f"{folder / 'index.json'} says that {path.name} holds other segments, or elsewhere: "
+                   f"FeatureStore({str(folder.parent)!r}).repair() writes it anew")
 
 # %% ../nbs/14_features.ipynb #979a3eda
 def _set_aside(path: Path) -> str:
@@ -339,7 +351,7 @@ def _no_view(root: Path, name: str, views: list[str]) -> DataError:
     return DataError(f"{root} holds no view {name!r} (it holds: {', '.join(views) or 'nothing'}); run nbs/extract.ipynb "
                      f"for it first" + (f", or use the settings of one of these encoders, which have it: {', '.join(others)}" if others else ""))
 
-# %% ../nbs/14_features.ipynb #b53e82e7
+# %% ../nbs/14_features.ipynb #4cffba05
 class FeatureStore:
     "Frame features of one dataset by one encoder, in several views."
 
@@ -420,8 +432,9 @@ class FeatureStore:
         return pd.DataFrame(rows, columns=["segment_id", "view", "cause"])
 
     def verify(self) -> list[str]:  # one line for each fault; empty if all is well
-        "Reads every row: shards whole, checksums right, values finite, width as the manifest says, no segment in two shards."
-        return [fault for view in self.views for fault in _faults(self.root / view).values()]
+        "Reads every row: shards whole, checksums right, values finite, width as the manifest says, no segment in two shards, the index true."
+        found = {view: _faults(self.root / view) for view in self.views}
+        return [fault for view, own in found.items() for fault in (*own.values(), *_index_faults(self.root / view, own))]
 
     def repair(self) -> pd.DataFrame:  # view, file, fault, done
         "Sets damaged shards aside so that extraction makes just these anew, writes indices anew, removes leftovers; says what it did."

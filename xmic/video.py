@@ -561,7 +561,7 @@ def _end_with_parent() -> None:
     if parent := multiprocessing.parent_process(): parent.join()
     os._exit(1)
 
-# %% ../nbs/04_video.ipynb #ea2fbf79
+# %% ../nbs/04_video.ipynb #597c1145
 class _Worker:
     "A worker process and this side of its pipe."
 
@@ -586,6 +586,10 @@ class _Worker:
             self.pipe.send_bytes(pickle.dumps((function, task)))
         except OSError:
             pass  # it is dead, which reading from it will tell
+
+    @property
+    def usable(self) -> bool:
+        return not self.pipe.closed and self.process.is_alive()  # a killed process may take seconds to die
 
     @property
     def deadline(self) -> float:
@@ -625,7 +629,7 @@ class _Worker:
         self.pipe.close()
         self.number = None
 
-# %% ../nbs/04_video.ipynb #144f4f2e
+# %% ../nbs/04_video.ipynb #5f5b211e
 class DecodePool:
     "Worker processes for generator functions that decode. Used in a `with` statement, which ends them."
 
@@ -678,7 +682,7 @@ class DecodePool:
 
     def _begin(self, queue: Iterator[tuple[int, Any]], function: Callable) -> list[_Worker]:
         "Gives every free worker a task, as far as there are tasks; gives all that have one."
-        self._running = [w for w in self._running if w.number is not None or w.process.is_alive()]  # a dead one's task is still to be reported
+        self._running = [w for w in self._running if w.number is not None or w.usable]  # a dead one's task is still to be reported
         while (free := [w for w in self._running if w.number is None]) or len(self._running) < self.workers:
             number, task = next(queue, (None, None))
             if number is None:
