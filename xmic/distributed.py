@@ -82,7 +82,7 @@ def gather(
         dist.all_gather_object(values, value)
     return values
 
-# %% ../nbs/12_distributed.ipynb #37f01b7f
+# %% ../nbs/12_distributed.ipynb #8b0f691f
 T = TypeVar("T")
 
 
@@ -138,9 +138,9 @@ def launched(
                         f"or write how many parts there are into the settings (\"world\": 8), and give the numbers of those that are to run")
     return number, tasks if parts == 1 else parts
 
-# %% ../nbs/12_distributed.ipynb #cf21748b
-def _join() -> dist.Store | None:  # None: this process is alone
-    "Joins the processes that torchrun has started."
+# %% ../nbs/12_distributed.ipynb #c79a0e47
+def _meet() -> dist.Store | None:  # None: this process is alone
+    "Finds the processes that torchrun has started, and takes a GPU where there are some."
     if "RANK" not in os.environ:
         return None
     gpus = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g] or [str(i) for i in range(torch.cuda.device_count())]
@@ -149,9 +149,12 @@ def _join() -> dist.Store | None:  # None: this process is alone
         raise DataError(f"{together} processes on a machine with {len(gpus)} GPUs: start at most as many (torchrun --nproc-per-node {len(gpus)})")
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[here]
-    store, rank, processes = next(dist.rendezvous("env://"))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank, world_size=processes)
-    return store
+    return next(dist.rendezvous("env://"))[0]
+
+
+def _join(store: dist.Store) -> None:
+    backend = "cpu:gloo,cuda:nccl" if os.environ.get("CUDA_VISIBLE_DEVICES") else "gloo"
+    dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
 
 # %% ../nbs/12_distributed.ipynb #c1b2b275
 def _train(values: dict) -> str:
@@ -185,7 +188,7 @@ def _part(config: Any) -> Any:  # an ExtractConfig
 
 COMMANDS: dict[str, Callable[[dict], str]] = {"train": _train, "extract": _extract, "store_frames": _store_frames}
 
-# %% ../nbs/12_distributed.ipynb #6db6ee36
+# %% ../nbs/12_distributed.ipynb #82d14396
 def _complain(store: dist.Store | None, error: BaseException) -> None:
     "Says what went wrong, in the first process that fails, and ends this one at once."
     first = False
@@ -203,7 +206,7 @@ def main(
     "Runs a command in this process, as a part of what torchrun or a slurm array has launched."
     store = None
     try:
-        store = _join()
+        if store := _meet(): _join(store)  # another may fail before all have joined, and has said why in the store
         if len(arguments) != 2 or arguments[0] not in COMMANDS:
             raise DataError(f"usage: python -m xmic.distributed {'|'.join(COMMANDS)} settings.json")
         if words := COMMANDS[arguments[0]](read_json(from_root(arguments[1]))):
