@@ -7,7 +7,7 @@ __all__ = ['MARKS', 'NAMES', 'PUBLISHED', 'EGO4D_V1', 'BLOBS', 'ERRATA', 'LAVILA
            'datasets_in', 'right_root', 'file_sizes', 'look_at', 'box_numbers', 'box_table', 'table_cells',
            'fitting_encoders', 'check_data']
 
-# %% ../nbs/36_checks.ipynb #28a05a86
+# %% ../nbs/36_checks.ipynb #4539293e
 import hashlib
 import os
 import re
@@ -25,11 +25,10 @@ from typing import Any, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from .clips import wanted_frames
 from .experiments import ANNOTATIONS, PIXELS, TABLES, Profile, Store, cells, profile, runs
-from .files import DataError, brief, did_you_mean, from_root, read_json, read_table
+from .files import DataError, brief, did_you_mean, from_root, progress_bar, read_json, read_table
 from .hands import HandBoxes, read_100doh, read_boxes, read_epic_hands
 from .segments import (_EGO4D_FOLDERS, _EGTEA_FOLDERS, _EPIC_FOLDERS, _csv_path, _find, epic_frame_rate, read_classes, read_csv, read_epic_tail,
                            read_epic_unseen, read_segments)
@@ -378,7 +377,7 @@ def _own_lists(check: Check, found: _Found) -> None:
             new = sorted(set(split["test"][kind]) - set(split["train"][kind]) - {""})
             if new: check.add(section, "note", f"{_count(len(new), kind)} of the test {_are(len(new))} not in training (novel): {_some(new)}")
 
-# %% ../nbs/36_checks.ipynb #eb11838c
+# %% ../nbs/36_checks.ipynb #4dde2148
 def file_sizes(
     paths: Iterable[str],
 ) -> dict[str, int | None]:  # bytes; -1 for a folder, None where nothing is there
@@ -420,7 +419,7 @@ def look_at(
 ) -> tuple[dict[str, VideoInfo], dict[str, str]]:  # what is known of the sound ones, and what is wrong with the others
     "Opens videos and reads one or more of their frames."
     tasks, infos, faults = [_Look(path, fps, backend) for path, fps in videos.items()], {}, {}
-    with DecodePool(workers, timeout) as pool, tqdm(total=len(tasks), desc="videos", mininterval=1, disable=None if progress and workers else True) as bar:
+    with DecodePool(workers, timeout) as pool, progress_bar(len(tasks), "video", show=progress and bool(workers)) as bar:
         for item in pool.map(_look, tasks, ordered=False):
             path = tasks[item.task].path
             if item.chunk: infos[path] = item.chunk
@@ -520,7 +519,7 @@ def _elsewhere(found: _Found, missing: list[str]) -> str:
     word = "unpack it into a folder of its name" if other.endswith(".tar") else f"expected {os.path.relpath(path, found.root)}"
     return f"{len(seen):,} of them may be there under another name: {os.path.relpath(other, found.root)} ({word})"
 
-# %% ../nbs/36_checks.ipynb #9a283c2a
+# %% ../nbs/36_checks.ipynb #79e1aabd
 def _hands(check: Check, found: _Found, given: str | None, thorough: bool, look: int, workers: int | None, timeout: float, progress: bool) -> None:
     from xmic.features import ExtractConfig, hand_boxes
 
@@ -566,9 +565,10 @@ def _detections(check: Check, found: _Found, boxes: HandBoxes, thorough: bool, l
     sound = sorted((v for v in files if v not in none), key=lambda v: sizes[files[v]])
     chosen = sound if thorough or len(sound) <= 4 * look else [*dict.fromkeys([*sound[:look], *(v for v in ERRATA if v in sound)])]
     frames, workers = {}, (max(1, (os.cpu_count() or 2) - 1) if workers is None else workers) if thorough else 0
-    with DecodePool(workers, timeout) as pool:
-        tasks = [_Detections(files[v], boxes.source) for v in chosen]
-        for item in tqdm(pool.map(_read_detections, tasks, ordered=False), desc="detections", mininterval=1, disable=None if progress and workers else True):
+    tasks = [_Detections(files[v], boxes.source) for v in chosen]
+    with DecodePool(workers, timeout) as pool, progress_bar(len(tasks), "file", label="detections", show=progress and bool(workers)) as bar:
+        for item in pool.map(_read_detections, tasks, ordered=False):
+            bar.update(item.done)
             if item.chunk is not None: frames[chosen[item.task]] = item.chunk
             if item.error: none[chosen[item.task]] = f"have one that cannot be read ({_words(item.error, 200)})"
     facts = dict(source=boxes.source, place=boxes.place, files=len(sound), opened=len(frames),

@@ -137,7 +137,7 @@ def _nameless(boxes: Any, video: str) -> str:
     if getattr(boxes, "source", "") != "boxes" or Path(video).stem in boxes.segments: return ""
     return f"{boxes.place}: has no boxes of {Path(video).stem!r}; the first that it has are of {next(iter(boxes.segments), 'nothing')!r}"
 
-# %% ../nbs/40_cli.ipynb #9305e29d
+# %% ../nbs/40_cli.ipynb #fdbfa30e
 def _cell(table: Any, rank: int, width: int, column: str = "name") -> str:
     if table is None or rank >= len(table): return " " * (width + 6)
     name = str(table[column][rank])
@@ -146,13 +146,11 @@ def _cell(table: Any, rank: int, width: int, column: str = "name") -> str:
 
 
 def _columns(answer: "Recognition") -> list[tuple[str, Any]]:
-    named = {"xmic": "X-MIC", "zero_shot": "zero-shot"}
     columns = []
     for kind, table in (("verb", answer.verbs), ("noun", answer.nouns)):
         if table is None: continue
-        method = answer.methods.get(kind, "zero_shot")
-        columns.append((f"{kind}, {named.get(method, method)}", table))
-        if method != "zero_shot": columns.append((f"{kind}, zero-shot", answer.zero_shot[kind]))
+        columns.append((f"{kind}, {answer.method_of(kind)}", table))
+        if answer.method_of(kind) != "zero-shot": columns.append((f"{kind}, zero-shot", answer.zero_shot[kind]))
     if answer.verbs is not None and answer.nouns is not None:
         columns.append(("action", answer.actions.assign(name=lambda a: a.verb + " " + a.noun)))
     return columns

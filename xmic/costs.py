@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ANNOTATED', 'VITS', 'PeakMemory', 'step_gflop', 'count_step', 'step_costs', 'vit_gflop', 'extraction_costs']
 
-# %% ../nbs/35_costs.ipynb #8ef94ced
+# %% ../nbs/35_costs.ipynb #b2161fcb
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -27,7 +27,7 @@ from .files import settings
 from .prompting import text_once
 from .segments import read_classes
 from .streams import Batch
-from .training import CONDITIONED, PIXELS, UNTRAINED, TrainConfig, build_method, dataset_root, resolve, text_tower
+from .training import PIXELS, UNTRAINED, TrainConfig, build_method, dataset_root, reads_context, resolve, text_tower
 
 # %% ../nbs/35_costs.ipynb #561f0a95
 class PeakMemory(TorchDispatchMode):
@@ -83,7 +83,7 @@ def _step(method: nn.Module, batch: Batch, classes: ClassEmbeddings, trained: bo
         if trained: loss.backward()
     method.zero_grad(set_to_none=True)
 
-# %% ../nbs/35_costs.ipynb #cae4dc9e
+# %% ../nbs/35_costs.ipynb #edf8f2ac
 def step_costs(
     p: Profile,
     source: str = "ego4d",
@@ -106,7 +106,7 @@ def _cost(c: TrainConfig, encoder_of: Callable[..., Encoder], kind: str, batch_s
     side = encoder.preprocess.size
     video = torch.randint(0, 256, (batch_size, c.frames, side, side, 3), dtype=torch.uint8) if c.method in PIXELS else \
         torch.randn(batch_size, c.frames, encoder.dim)
-    views = torch.randn(batch_size, c.frames, len(c.context_views), context.dim) if c.method in CONDITIONED else None
+    views = torch.randn(batch_size, c.frames, len(c.context_views), context.dim) if reads_context(c) else None
     return count_step(method, Batch(video, views), classes, c.method not in UNTRAINED) | dict(frames=c.frames, classes=len(classes))
 
 # %% ../nbs/35_costs.ipynb #652b655d

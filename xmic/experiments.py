@@ -208,7 +208,7 @@ TITLES = {
     9: "Beyond the paper: what the release does otherwise, one switch at a time",
 }
 
-# %% ../nbs/33_experiments.ipynb #121d2c54
+# %% ../nbs/33_experiments.ipynb #5f3be0d2
 @dataclass(frozen=True)
 class Store:
     "Features, or frames, that a run needs: one split of one dataset by one encoder; one run of a notebook."
@@ -233,8 +233,13 @@ def _slug(value: Any) -> str:
     return re.sub(r"[^\w.+]+", "-", text).strip("-")
 
 
+def _encoder(p: Profile, role: str) -> dict[str, Any]:
+    "The settings of an encoder that a row names, by its role in the profile or by its own name."
+    return p.encoders.get(role, dict(encoder=role))
+
+
 def _store(p: Profile, dataset: str, split: str, role: str, pixels: bool) -> Store:
-    encoder = p.encoders.get(role, dict(encoder=role))
+    encoder = _encoder(p, role)
     parameters = dict(dataset=dataset, data_root=p.root(dataset), splits=[split], features_root=p.features_root, **encoder, **p.extract)
     if not pixels:
         return Store(f"{dataset}-{split}-{_slug(encoder['encoder'])}", parameters)
@@ -258,9 +263,9 @@ def run(
     targets = [d for d in (PAIR if {*roles.values()} - {"clip", None} else DATASETS) if d != source]
     if ours.get("lr") == "release":
         ours["lr"] = p.methods.get(method, {}).get("lr", RELEASED_LR)
-    encoders = dict(p.encoders.get(roles["encoder"], dict(encoder=roles["encoder"])))
+    encoders = dict(_encoder(p, roles["encoder"]))
     if roles["context_encoder"]:
-        encoders |= {f"context_{k}": v for k, v in p.encoders.get(roles["context_encoder"], dict(encoder=roles["context_encoder"])).items()}
+        encoders |= {f"context_{k}": v for k, v in _encoder(p, roles["context_encoder"]).items()}
     parameters = dict(p.train, labels=kind) | p.methods.get(method, {}) | encoders | ours | dict(dataset=source, targets=targets, seed=seed)
     if code := code_sha256(method, *(parameters.get(f) for f in roles)):
         parameters["code"] = code

@@ -97,10 +97,10 @@ def features_folder(
     "Where what was computed from videos is kept: the folder that is named, else features/ in `XMIC_CACHE`, else in the project."
     return from_root(Path(os.environ.get("XMIC_CACHE") or "", given) if str(given) == "features" else given)
 
-# %% ../nbs/00_files.ipynb #60420788
+# %% ../nbs/00_files.ipynb #a867e262
 def cache_folder() -> Path:
     "The folder for what is kept and may be deleted: `XMIC_CACHE`, else `~/.cache/xmic`. It need not exist yet."
-    return Path(os.environ.get("XMIC_CACHE") or "~/.cache/xmic").expanduser()
+    return from_root(os.environ.get("XMIC_CACHE") or "~/.cache/xmic")
 
 # %% ../nbs/00_files.ipynb #9aa16fa4
 _REFUSALS = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST", "EIO", "ESTALE")} - {None}

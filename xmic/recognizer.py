@@ -50,7 +50,7 @@ def _best_pairs(
     order = np.argsort(-first[rows] * second[column], kind="stable")[:k]
     return rows[order], column[order]
 
-# %% ../nbs/28_recognizer.ipynb #cd7f9a1a
+# %% ../nbs/28_recognizer.ipynb #38e0b19d
 @dataclass
 class Recognition:
     "What was recognised in one stretch of a video."
@@ -65,6 +65,11 @@ class Recognition:
     methods: dict[str, str] = field(default_factory=dict)  # "noun", "verb" -> "xmic" or another, "zero_shot" without an adapter
     zero_shot: dict[str, pd.DataFrame] = field(default_factory=dict)  # "noun", "verb" -> name and score of the best without adapter
     picture: bytes = b""  # the frame in the middle, with its hand box, as a small JPEG
+
+    def method_of(self, kind: str) -> str:
+        "What the scores of \"noun\" or \"verb\" are from, as one says it: X-MIC, zero-shot, or the name of another method."
+        method = self.methods.get(kind, "zero_shot")
+        return {"xmic": "X-MIC", "zero_shot": "zero-shot"}.get(method, method)
 
     @property
     def actions(self) -> pd.DataFrame:  # verb, noun, score, zero_shot

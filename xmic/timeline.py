@@ -82,7 +82,7 @@ def timeline(
     "Recognises a video stretch by stretch; each frame is decoded once."
     return Timeline(str(video), list(recognizer.predict_along(video, nouns, verbs, top, every, start, stop, boxes, backend)))
 
-# %% ../nbs/29_timeline.ipynb #3bb33fd4
+# %% ../nbs/29_timeline.ipynb #3914e215
 _STYLE = """
 :root { color-scheme: light dark; --back: #f6f6f4; --card: #fff; --text: #1c1d1f; --faint: #62656b;
   --line: #dedfe2; --bar: #b9d7cf; --plain: #d9dadd; --accent: #0b6e5f; }
@@ -110,7 +110,6 @@ ol li span:first-child { overflow-wrap: anywhere; }
 ol li span:last-child { font-variant-numeric: tabular-nums; white-space: nowrap; }
 @media (max-width: 560px) { article { grid-template-columns: 1fr; } article img { width: 100%; max-height: none; } }
 """
-_NAMED = {"xmic": "X-MIC", "zero_shot": "zero-shot"}
 
 
 def _clock(seconds: float) -> str:
@@ -130,9 +129,8 @@ def _card(answer: Recognition) -> str:
     for kind, table in (("verb", answer.verbs), ("noun", answer.nouns)):
         if table is None: continue
         best.append(table.name[0])
-        method = answer.methods.get(kind, "zero_shot")
-        lists.append(_ranking(f"{kind}s, {_NAMED.get(method, method)}", table, "bar"))
-        if method != "zero_shot" and kind in answer.zero_shot:
+        lists.append(_ranking(f"{kind}s, {answer.method_of(kind)}", table, "bar"))
+        if answer.method_of(kind) != "zero-shot" and kind in answer.zero_shot:
             lists.append(_ranking(f"{kind}s, zero-shot", answer.zero_shot[kind], "plain"))
     if answer.verbs is not None and answer.nouns is not None:
         actions = answer.actions
