@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from videos import write_video  # noqa: E402
-from xmic.clips import ClipTask, Pixels, clip_pixels  # noqa: E402
+from xmic.clips import ClipTask, Frames, Pixels, clip_pixels  # noqa: E402
 from xmic.encoders import PRECISIONS, Encoder, create_encoder  # noqa: E402
 from xmic.features import FeatureStore, extract  # noqa: E402
 from xmic.files import read_json, write_json  # noqa: E402
@@ -88,15 +88,16 @@ def one_extraction(args: argparse.Namespace, world: Path, encoder: Encoder, clip
     segments = read_csv(world)[:clips]
     with tempfile.TemporaryDirectory(dir=world.parent) as folder:
         return extract(segments, encoder, FeatureStore(Path(folder) / "csv"), ("full", "hand"), HandBoxes.from_boxes(world / "hand_boxes.csv"),
-                       workers=args.workers, batch_size=args.batch_size, progress=False)
+                       workers=args.workers, batch_size=args.batch_size, progress=False, resize_on=args.resize_on)
 
 
-def decoding(world: Path, encoder: Encoder, clips: int) -> dict:
-    "What one core decodes, cuts and resizes: crops a second of its own time."
+def decoding(world: Path, encoder: Encoder, clips: int, resize_on: str) -> dict:
+    "What one core decodes, and cuts and resizes where that is the workers' part: crops a second of its own time."
     boxes, begin, crops = HandBoxes.from_boxes(world / "hand_boxes.csv"), time.process_time(), 0
     for row in read_csv(world)[:clips].itertuples(index=False):
-        for part in clip_pixels(ClipTask(row.video_id, (row,), ("full", "hand"), (encoder.preprocess,), boxes=boxes)):
+        for part in clip_pixels(ClipTask(row.video_id, (row,), ("full", "hand"), (encoder.preprocess,), boxes=boxes, whole_frames=resize_on == "device")):
             if isinstance(part, Pixels): crops += len(part.squares[0])
+            elif isinstance(part, Frames): crops += sum(map(len, part.crops.values()))
     return dict(crops=crops, crops_per_core_second=rounded(crops / (time.process_time() - begin)))
 
 
@@ -109,7 +110,7 @@ def peak_of_this_program() -> float:
 def peak_mib(args: argparse.Namespace, world: Path, clips: int) -> float:
     "Peak memory of a process that extracts so many videos with the small encoder."
     command = [sys.executable, __file__, "--only-memory", str(clips), "--world", str(world), "--encoder", "mini-clip", "--device", "cpu",
-               "--workers", str(args.workers)]
+               "--workers", str(args.workers), "--resize-on", args.resize_on]
     return rounded(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]))
 
 
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--threads", type=int, help="of the encoder; default: torch's own choice")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--resize-on", default="auto", choices=["auto", "workers", "device"], help="where frames are cut and resized")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory-clips", type=int, default=100, help="N: peak memory is measured for N and 4 N videos; 0: not at all")
     parser.add_argument("--world", type=Path, help=argparse.SUPPRESS)
@@ -158,7 +160,7 @@ def main() -> None:
             times.setdefault("encode_pixels", []).append(tuple(x / (repeats * len(pixels)) for x in t))
             t = timed(lambda: reports.append(one_extraction(args, world, encoder, args.clips)), device)
             times.setdefault("extract", []).append(tuple(x / reports[-1].frames for x in t))
-        decoded = decoding(world, encoder, min(args.clips, 24))
+        decoded = {where: decoding(world, encoder, min(args.clips, 24), where) for where in ("workers", "device")}
         memory = {str(n): peak_mib(args, world, n) for n in (args.memory_clips, 4 * args.memory_clips) if n}
 
     per_second = {name: {"wall": rounded(1 / statistics.median(w for w, _ in t)), "processor": rounded(1 / statistics.median(c for _, c in t))}
@@ -168,13 +170,14 @@ def main() -> None:
                  for kind in ("wall", "processor")}
     rate = max(per_second[b]["wall"] for b in bare_rates)
     result = dict(
-        settings={k: getattr(args, k) for k in ("encoder", "device", "clips", "frames", "workers", "batch_size", "rounds")} | dict(
+        settings={k: getattr(args, k) for k in ("encoder", "device", "clips", "frames", "workers", "batch_size", "resize_on", "rounds")} | dict(
             size=list(args.size), precision=encoder.precision, threads=torch.get_num_threads()),
         crops=reports[-1].frames, crops_per_second=per_second,
         all_seconds_per_crop={name: [[rounded(x) for x in pair] for pair in t] for name, t in times.items()},
         fraction_of_bare=fractions,
         waiting_for_decode=rounded(sum(r.waiting for r in reports) / sum(r.seconds for r in reports)),
-        decoding=decoded | dict(cores_to_keep_up_with_bare=rounded(rate / decoded["crops_per_core_second"])),
+        decoding={f"resize on {where}": found | dict(cores_to_keep_up_with_bare=rounded(rate / found["crops_per_core_second"]))
+                  for where, found in decoded.items()},
         peak_mib_by_videos=memory, versions=provenance(device), cores=os.cpu_count(), load_average=os.getloadavg())
     results = read_json(args.out) if args.out.exists() else {}
     name = args.name or f"{args.encoder}, {args.size[0]}x{args.size[1]}, {args.device}"

@@ -1,17 +1,20 @@
 """From segments to crops: which frames, each cut once, and faults that cost no more than their own segment."""
 import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from videos import cut_short, number_of, numbered_frame, numbers_of, overwrite, write_jpegs, write_video
-from xmic.clips import READ_AT_ONCE, Clip, ClipTask, Failed, Pixels, clip_pixels, overlapping, wanted_frames
+from xmic.clips import READ_AT_ONCE, Clip, ClipTask, Failed, Frames, Pixels, clip_pixels, for_each_encoder, overlapping, wanted_frames
 from xmic.files import DataError
 from xmic.hands import HandBoxes
 from xmic.pixels import Preprocess
+from xmic.towers import device_squares
 from xmic.video import DecodePool, VideoError, VideoInfo, read_frames
 
 BACKENDS = ["decord", "pyav"]
@@ -98,6 +101,17 @@ def path(tmp_path_factory):
 
 def task(*segments, views=("full",), preprocess=(SQUARE,), **more) -> ClipTask:
     return ClipTask("v", segments, views, preprocess, **more)
+
+
+def cut(parts, preprocess):
+    "What a device makes of whole frames."
+    for part in parts:
+        if not isinstance(part, Frames):
+            yield part
+            continue
+        for view, crops in part.crops.items():
+            squares = for_each_encoder(view, preprocess, lambda p: device_squares(p, torch.from_numpy(part.images), crops).numpy()) if crops else []
+            if crops: yield Pixels(view, squares, sum(edges is None for _, edges in crops) if view == "hand" else 0)
 
 
 def gather(parts):
@@ -196,6 +210,25 @@ def test_only_whole_frames_are_squashed(path, tmp_path):
     assert (squares["hand", 1] == Preprocess(size=48).pixels(frames, [box] * 5)).all()
     assert (squares["hand", 1] != encoders[1].pixels(frames, [box] * 5)).any()
     assert (squares["hand", 2] == encoders[2].pixels(frames, [box] * 5)).all()
+
+
+@pytest.mark.parametrize("views, more", [(("full", "hand"), {}), (("hand",), {}), (("full",), {}), (("full", "hand"), dict(clip_frames=4)),
+                                         (("full", "hand"), dict(feature_fps=7.0)), (("full", "hand"), dict(backend="pyav"))])
+@pytest.mark.parametrize("preprocess", [(Preprocess(size=60),), (Preprocess(size=32), Preprocess(size=48, resize="squash"), Preprocess(48, interpolation="bilinear"))])
+def test_whole_frames_are_cut_elsewhere_to_the_same_crops(path, tmp_path, views, more, preprocess, monkeypatch):
+    monkeypatch.setattr("xmic.clips.BYTES_AT_ONCE", 200_000)  # three frames
+    boxes = write_boxes(tmp_path / "a.pkl", {"a": {i: (3, 5, 80 + i, 60) for i in range(20)}, "b": {i: (80, 60.4, 190, 120) for i in range(0, 100, 2)}})
+    segments = segment("a", 0.0, 1.0, path), segment("b", 0.4, 3.2, path), segment("c", 3.5, 4.0, path), segment("late", 3.0, 9.0, path)
+    one = task(*segments, views=views, preprocess=preprocess, boxes=boxes, **more)
+    here = gather(clip_pixels(one))
+    parts = list(clip_pixels(replace(one, whole_frames=True)))
+    there = gather(cut(parts, preprocess))
+    assert not any(isinstance(part, Pixels) for part in parts) and max(len(p.images) for p in parts if isinstance(p, Frames)) <= READ_AT_ONCE
+    assert here[2] == there[2] and set(here[2]) == {"late"} and here[0].keys() == there[0].keys()
+    for key in here[0]:
+        assert (here[0][key] == there[0][key]).all()
+    for name, clip in here[1].items():
+        assert (clip.frames == there[1][name].frames).all() and all((rows == there[1][name].rows[view]).all() for view, rows in clip.rows.items())
 
 
 @both

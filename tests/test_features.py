@@ -217,6 +217,34 @@ def test_batches_filled_across_videos_hold_the_same_features(world, tmp_path, mo
             assert torch.equal(stores[1].frames(segment, view), stores[0].frames(segment, view))
 
 
+@pytest.mark.parametrize("across", [False, True])
+def test_frames_resized_where_they_are_encoded_give_the_same_features(world, tmp_path, across):
+    segments, boxes, encoders = read_csv(world), hand_boxes(config(world, tmp_path)), [create_encoder(register_tiny(), "random", "cpu") for _ in range(2)]
+    encoders[1] = encoders[1].with_resize("squash")
+    stores = [[FeatureStore(tmp_path / f"{where} {i}") for i in range(2)] for where in ("workers", "device")]
+    reports = [extract(segments, encoders, own, ("full", "hand"), boxes, workers=1, batch_size=48, progress=False, across_videos=across, resize_on=where)
+               for own, where in zip(stores, ("workers", "device"))]
+    assert len({(r.frames, r.whole_frames, r.extracted) for r in reports}) == 1
+    for here, there in zip(*stores):
+        assert there.verify() == [] and {m.get("resized_on") for m in there.manifest.values()} == {"device"}
+        for view in ("full", "hand"):
+            assert here.view(view).place == there.view(view).place
+            for segment in segments.segment_id:
+                torch.testing.assert_close(there.segment(segment, view), here.segment(segment, view), rtol=1e-2, atol=1e-2)
+                assert torch.equal(there.frames(segment, view), here.frames(segment, view))
+
+
+def test_where_frames_are_resized_follows_the_store(world, tmp_path):
+    half = dict(splits=["train"]), dict(splits=["train", "test"])
+    store, _ = extract_dataset(config(world, tmp_path, resize_on="device", **half[0]))
+    for other in ("workers", "nowhere"):
+        with pytest.raises(DataError, match="resized_on: device, now None|is not one of"): extract_dataset(config(world, tmp_path, resize_on=other, **half[1]))
+    store, report = extract_dataset(config(world, tmp_path, **half[1]))
+    assert report.failed == {} and store.missing(read_csv(world)).empty and {m["resized_on"] for m in store.manifest.values()} == {"device"}
+    with pytest.raises(DataError, match="resized_on: None, now device"):
+        extract_dataset(config(world, tmp_path / "b", **half[1])), extract_dataset(config(world, tmp_path / "b", resize_on="device", **half[1]))
+
+
 def test_a_kill_loses_no_more_than_the_batches_that_were_under_way(world, tmp_path, monkeypatch):
     encoder, segments = create_encoder(register_tiny(), "random", "cpu"), read_csv(world)
     calls, encode = [], type(encoder).encode_batch

@@ -7,7 +7,7 @@ __all__ = ['IN_FLIGHT', 'write_shard', 'read_shard', 'shard_name', 'read_checked
            'ExtractReport', 'manifest_of', 'file_size', 'Timed', 'extract', 'ExtractConfig', 'resize_policy',
            'dataset_store', 'hand_boxes', 'extract_dataset']
 
-# %% ../nbs/14_features.ipynb #e5ecae6d
+# %% ../nbs/14_features.ipynb #076bcd54
 import hashlib
 import json
 import os
@@ -31,13 +31,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .clips import Clip, ClipTask, Failed, Pixels, clip_pixels
+from .clips import Clip, ClipTask, Failed, Frames, Pixels, clip_pixels, for_each_encoder
 from .distributed import deal_videos
 from .encoders import Encoder, create_encoder
 from .files import DataError, brief, data_folder, features_folder, from_root, one_at_a_time, parse_json, progress_bar, read_json, \
     remove_leftovers, whole_file, writable, write_json
 from .hands import HandBoxes
 from .segments import read_segments
+from .towers import device_squares
 from .video import DecodePool, WorkerKilled, decoder_version
 
 # %% ../nbs/14_features.ipynb #b7d3551d
@@ -467,17 +468,23 @@ class ExtractReport:
                 f"encoded in {self.seconds:.1f} s, {rate:.1f} a second ({self.whole_frames:,} of the hand view had no box), "
                 f"{self.waiting:.1f} s of waiting for frames")
 
-# %% ../nbs/14_features.ipynb #c7583f15
+# %% ../nbs/14_features.ipynb #9ff3df07
 def manifest_of(
     encoder: Encoder,
     view: str,  # "full" or "hand"
     feature_fps: float | None,
     backend: str,
     boxes: HandBoxes | None,
+    resize_on: str = "workers",  # or "device"
 ) -> dict:
     "All that the rows of a view depend on."
     return dict(encoder.describe(), view=view, feature_fps=feature_fps or "every frame", decoder=decoder_version(backend),
-                boxes=boxes.fingerprint if view == "hand" and boxes else "whole frames")
+                boxes=boxes.fingerprint if view == "hand" and boxes else "whole frames", **({"resized_on": "device"} if resize_on == "device" else {}))
+
+
+def _resized_on(stores: Sequence[FeatureStore], views: Sequence[str]) -> str | None:  # None: nothing is there yet
+    there = (manifest for store in stores for view, manifest in store.manifest.items() if view in views)
+    return next((manifest.get("resized_on", "workers") for manifest in there), None)
 
 
 def _open_view(store: FeatureStore, view: str, manifest: dict) -> None:
@@ -490,8 +497,9 @@ def _open_view(store: FeatureStore, view: str, manifest: dict) -> None:
                 return write_json(path, manifest)
     there, told_apart_by_the_fingerprint = read_json(path), ("torch", "open_clip", "weights")
     _width(path, there)
-    if other := [k for k in manifest if there.get(k) != manifest[k] and k not in told_apart_by_the_fingerprint]:
-        raise DataError(f"{path.parent} was made with other settings ({'; '.join(f'{k}: {there.get(k)}, now {manifest[k]}' for k in other)}): "
+    other = [k for k in {**manifest, **there} if there.get(k) != manifest.get(k) and k not in told_apart_by_the_fingerprint]
+    if other:
+        raise DataError(f"{path.parent} was made with other settings ({'; '.join(f'{k}: {there.get(k)}, now {manifest.get(k)}' for k in other)}): "
                         f"choose another features_root, or delete that folder")
 
 # %% ../nbs/14_features.ipynb #6365b9bd
@@ -580,7 +588,7 @@ class _Video:
         own = self.features[view][number]
         return torch.cat(own if view == "full" or "full" not in self.features else [*own, torch.cat(self.features["full"][number]).flip(0)])
 
-# %% ../nbs/14_features.ipynb #d438f026
+# %% ../nbs/14_features.ipynb #54e324bf
 IN_FLIGHT = 2  # batches that a GPU may have to itself
 
 
@@ -589,14 +597,25 @@ class _Batches:
 
     def __init__(self, encoders: list[Encoder], size: int, report: ExtractReport, across: bool):
         self.encoders, self.size, self.report, self.across = encoders, size, report, across
-        self.waiting: deque[tuple[_Video, str, list[np.ndarray]]] = deque()  # video, view, crops for each encoder
+        self.waiting: deque[tuple[_Video, str, list[Any]]] = deque()  # video, view, crops for each encoder
         self.flying: deque[tuple[list, list[Tensor], torch.cuda.Event | None]] = deque()
 
-    def add(self, video: _Video, part: Pixels) -> None:
+    def add(self, video: _Video, part: Pixels | Frames) -> None:
+        if isinstance(part, Frames):
+            for pixels in self._cut(part): self.add(video, pixels)
+            return
         self.report.whole_frames += part.whole
         video.due += len(part.squares[0])
         self.waiting.append((video, part.view, part.squares))
         while self.count >= self.size: self._encode()
+
+    def _cut(self, part: Frames) -> Iterator[Pixels]:
+        device = self.encoders[0].device
+        images = torch.from_numpy(part.images)
+        images = (images.pin_memory() if device.type == "cuda" else images).to(device, non_blocking=True)
+        for view, crops in part.crops.items():
+            squares = for_each_encoder(view, [e.preprocess for e in self.encoders], lambda p: device_squares(p, images, crops)) if crops else None
+            if squares: yield Pixels(view, squares, sum(box is None for _, box in crops) if view == "hand" else 0)
 
     @property
     def count(self) -> int:
@@ -615,8 +634,9 @@ class _Batches:
             parts.append((video, view, [s[:room] for s in squares]))
             room -= len(parts[-1][2][0])
         features = []
-        for squares, encoder in zip(zip(*(squares for *_, squares in parts)), self.encoders):
-            pixels = squares[0] if len(squares) == 1 else np.concatenate(squares)
+        for number, encoder in enumerate(self.encoders):
+            own = [squares[number] for *_, squares in parts]
+            pixels = own[0] if len(own) == 1 else torch.cat(own) if isinstance(own[0], Tensor) else np.concatenate(own)
             rows = encoder.encode_batch(pixels, self.size) if self.across else encoder.encode_pixels(pixels)
             features.append(rows.to(torch.float16).to("cpu", non_blocking=True))
         event = torch.cuda.Event() if self.encoders[0].device.type == "cuda" else None
@@ -651,7 +671,7 @@ class Timed:
         finally:
             self.waited += time.perf_counter() - asked
 
-# %% ../nbs/14_features.ipynb #48dbc647
+# %% ../nbs/14_features.ipynb #92c59b1d
 def _encode_videos(
     tasks: list[ClipTask],
     begin: Callable[[ClipTask], _Video],
@@ -676,14 +696,14 @@ def _encode_videos(
             if item.done:
                 videos[-1].ended, videos[-1].error = True, item.error
                 if not batches.across: batches.flush()
-            elif isinstance(item.chunk, Pixels): batches.add(videos[-1], item.chunk)
+            elif isinstance(item.chunk, Pixels | Frames): batches.add(videos[-1], item.chunk)
             else: videos[-1].take(item.chunk)
             store_whole()
         batches.flush()
         store_whole()
     report.waiting = items.waited
 
-# %% ../nbs/14_features.ipynb #6b80b729
+# %% ../nbs/14_features.ipynb #223dcf1c
 def extract(
     segments: pd.DataFrame,  # as the readers of `segments` give them
     encoder: Encoder | Sequence[Encoder],  # one or several; one decode feeds them all
@@ -698,6 +718,7 @@ def extract(
     whole_files: bool = False,  # a segment is its whole file, whatever its times say
     progress: bool = True,
     across_videos: bool | None = None,  # batches of one size, filled with several videos; None: on a GPU
+    resize_on: str = "auto",  # "workers", as they decode; "device", where frames are encoded, the same but for tall crops; "auto": as before, else "device" on a GPU
 ) -> ExtractReport:
     "Fills the stores with all segments that they lack. Can be stopped at any moment and started again."
     encoders = [encoder] if isinstance(encoder, Encoder) else list(encoder)
@@ -712,14 +733,18 @@ def extract(
     if len(clip_frames) > 1:
         raise DataError(f"these encoders read clips of {' and '.join(map(str, sorted(clip_frames)))} frames: extract for one after the other")
     (n,) = clip_frames
+    if resize_on not in ("auto", "workers", "device"):
+        raise DataError(f"resize_on={resize_on!r} is not one of 'auto', 'workers' and 'device'")
+    on_gpu = all(e.device.type == "cuda" for e in encoders)
+    if resize_on == "auto": resize_on = _resized_on(stores, views) or ("device" if on_gpu else "workers")
     begin, report = time.perf_counter(), ExtractReport(segments)
     for e, s in zip(encoders, stores):
         for v in views:
-            _open_view(s, v, manifest_of(e, v, feature_fps, backend, boxes))
+            _open_view(s, v, manifest_of(e, v, feature_fps, backend, boxes, resize_on))
     tasks = [ClipTask(video, tuple(rows), views, tuple(e.preprocess for e in encoders), feature_fps, boxes, backend, whole_files,
-                      clip_frames=n)
+                      clip_frames=n, whole_frames=resize_on == "device")
              for video, rows in _left_to_do(segments, stores, views, report).items()]
-    across = all(e.device.type == "cuda" for e in encoders) if across_videos is None else across_videos
+    across = on_gpu if across_videos is None else across_videos
     batches = _Batches(encoders, max(1, batch_size // n) * n, report, across)
     with DecodePool(workers, timeout) as pool:
         _encode_videos(tasks, lambda task: _Video(task, encoders, stores, report), batches, pool, report, progress)
@@ -728,7 +753,7 @@ def extract(
     report.seconds = time.perf_counter() - begin
     return report
 
-# %% ../nbs/14_features.ipynb #8311f18a
+# %% ../nbs/14_features.ipynb #39da24bf
 @dataclass
 class ExtractConfig:
     "All settings of an extraction."
@@ -755,6 +780,7 @@ class ExtractConfig:
     timeout: float = 120.0  # seconds without a decoded frame after which a video is given up
     device: str | None = None  # None: a GPU where there is one
     precision: str = "auto"  # "auto" (bf16 on GPU, fp32 on CPU), "fp32" or "bf16"
+    resize_on: str = "auto"  # "workers" as they decode, "device" (the same but for tall crops), or "auto": as before, else "device" on a GPU
     repair: bool = False  # set damaged shards aside first, so that they are made anew
     progress: bool = True
 
@@ -803,7 +829,7 @@ def hand_boxes(
         return HandBoxes.from_epic(place, max_gap=config.max_gap, **thresholds)
     return HandBoxes.from_100doh(place, max_gap=config.max_gap, **thresholds)
 
-# %% ../nbs/14_features.ipynb #1e3de6c3
+# %% ../nbs/14_features.ipynb #044b209c
 def extract_dataset(
     config: ExtractConfig,
 ) -> tuple[FeatureStore, ExtractReport]:
@@ -823,5 +849,5 @@ def extract_dataset(
     if own.empty:  # more parts than videos
         return store, ExtractReport(own)
     report = extract(own, encoder, store, config.views, boxes, config.feature_fps, workers, config.backend,
-                     config.batch_size, config.timeout, config.dataset == "egtea", config.progress)
+                     config.batch_size, config.timeout, config.dataset == "egtea", config.progress, resize_on=config.resize_on)
     return store, report
