@@ -202,12 +202,12 @@ def as_table(rows: list[dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def tables(value, title: str = "") -> list[str]:
-    "Every list of records in a JSON file as a table."
+def records(value, name: str = "") -> list[tuple[str, str]]:
+    "Every list of records in a JSON file: its name, and the same as a table."
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-        return [f"*{title.replace('_', ' ')}*\n\n{as_table(value)}"]
+        return [(name, as_table(value))]
     if isinstance(value, dict):
-        return [table for key, entry in value.items() for table in tables(entry, f"{title}, {key}".strip(", "))]
+        return [found for key, entry in value.items() for found in records(entry, f"{name}_{key}".strip("_"))]
     return []
 
 
@@ -217,22 +217,23 @@ def made_with(found: dict) -> str:
     machine = [hardware.get("gpu") or hardware.get("cpu"), f"{hardware['cores']} cores" if "cores" in hardware else None,
                f"{hardware['memory_gib']} GiB" if "memory_gib" in hardware else None,
                f"on {versions['device']}" if "device" in versions else None, f"{versions['threads']} threads" if "threads" in versions else None]
-    software = [f"{name} {versions[name]}" for name in ("python", "torch", "open_clip") if name in versions]
-    return "; ".join(filter(None, [*machine, *software, found.get("date", "")[:10] or None]))
+    known = {**hardware, **versions, **found}
+    software = [f"{name} {known[name]}" for name in ("python", "torch", "open_clip") if name in known]
+    return "; ".join(filter(None, [*machine, *software, known.get("date", "")[:10] or None]))
 
 
 def measurements(folder: Path) -> dict:
-    "Each JSON file by its name, with `made_with`; `<name>_<list>` for its lists of records; and `all_benchmarks`, a section for each file."
+    "Each JSON file by its name, with `made_with`; `<name>_<list>` for its lists of records, however deep; and `all_benchmarks`, a section for each file."
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
     sections, lists = [], {}
     for name, value in found.items():
         shown = {k: v for k, v in value.items() if k not in ("hardware", "versions", "command", "date", "load_average")}
         command = f"\n\n```\n{value['command']}\n```" if "command" in value else ""
         single = as_table([dict(what=k, value=v) for k, v in flat(shown).items()])
-        sections.append("\n\n".join([f"### {name}.json", made_with(value) + command, single, *tables(shown)]))
-        lists |= {f"{name}_{key}": as_table(v) for key, v in shown.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
+        sections.append("\n\n".join([f"### {name}.json", made_with(value) + command, single, *(f"*{key.replace('_', ' ')}*\n\n{table}" for key, table in records(shown))]))
+        lists |= {f"{name}_{key}": table for key, table in records(shown)}
         for entry in [value, *value.values()]:
-            if isinstance(entry, dict) and "versions" in entry:
+            if isinstance(entry, dict) and ("versions" in entry or "hardware" in entry):
                 entry["made_with"] = f"*{made_with(entry)}*"
     return {**found, **lists, "all_benchmarks": "\n\n".join(sections)}
 

@@ -226,23 +226,13 @@ def test_frames_resized_where_they_are_encoded_give_the_same_features(world, tmp
                for own, where in zip(stores, ("workers", "device"))]
     assert len({(r.frames, r.whole_frames, r.extracted) for r in reports}) == 1
     for here, there in zip(*stores):
-        assert there.verify() == [] and {m.get("resized_on") for m in there.manifest.values()} == {"device"}
+        assert there.verify() == [] and there.manifest == here.manifest
         for view in ("full", "hand"):
             assert here.view(view).place == there.view(view).place
             for segment in segments.segment_id:
-                torch.testing.assert_close(there.segment(segment, view), here.segment(segment, view), rtol=1e-2, atol=1e-2)
+                torch.testing.assert_close(there.segment(segment, view), here.segment(segment, view), rtol=2e-3, atol=2e-3)  # batches of other sizes
                 assert torch.equal(there.frames(segment, view), here.frames(segment, view))
-
-
-def test_where_frames_are_resized_follows_the_store(world, tmp_path):
-    half = dict(splits=["train"]), dict(splits=["train", "test"])
-    store, _ = extract_dataset(config(world, tmp_path, resize_on="device", **half[0]))
-    for other in ("workers", "nowhere"):
-        with pytest.raises(DataError, match="resized_on: device, now None|is not one of"): extract_dataset(config(world, tmp_path, resize_on=other, **half[1]))
-    store, report = extract_dataset(config(world, tmp_path, **half[1]))
-    assert report.failed == {} and store.missing(read_csv(world)).empty and {m["resized_on"] for m in store.manifest.values()} == {"device"}
-    with pytest.raises(DataError, match="resized_on: None, now device"):
-        extract_dataset(config(world, tmp_path / "b", **half[1])), extract_dataset(config(world, tmp_path / "b", resize_on="device", **half[1]))
+    with pytest.raises(DataError, match="resize_on='nowhere' is not one of"): extract(segments, encoders, stores[0], resize_on="nowhere")
 
 
 def test_a_kill_loses_no_more_than_the_batches_that_were_under_way(world, tmp_path, monkeypatch):

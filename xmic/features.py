@@ -468,23 +468,17 @@ class ExtractReport:
                 f"encoded in {self.seconds:.1f} s, {rate:.1f} a second ({self.whole_frames:,} of the hand view had no box), "
                 f"{self.waiting:.1f} s of waiting for frames")
 
-# %% ../nbs/14_features.ipynb #9ff3df07
+# %% ../nbs/14_features.ipynb #c7583f15
 def manifest_of(
     encoder: Encoder,
     view: str,  # "full" or "hand"
     feature_fps: float | None,
     backend: str,
     boxes: HandBoxes | None,
-    resize_on: str = "workers",  # or "device"
 ) -> dict:
     "All that the rows of a view depend on."
     return dict(encoder.describe(), view=view, feature_fps=feature_fps or "every frame", decoder=decoder_version(backend),
-                boxes=boxes.fingerprint if view == "hand" and boxes else "whole frames", **({"resized_on": "device"} if resize_on == "device" else {}))
-
-
-def _resized_on(stores: Sequence[FeatureStore], views: Sequence[str]) -> str | None:  # None: nothing is there yet
-    there = (manifest for store in stores for view, manifest in store.manifest.items() if view in views)
-    return next((manifest.get("resized_on", "workers") for manifest in there), None)
+                boxes=boxes.fingerprint if view == "hand" and boxes else "whole frames")
 
 
 def _open_view(store: FeatureStore, view: str, manifest: dict) -> None:
@@ -497,9 +491,8 @@ def _open_view(store: FeatureStore, view: str, manifest: dict) -> None:
                 return write_json(path, manifest)
     there, told_apart_by_the_fingerprint = read_json(path), ("torch", "open_clip", "weights")
     _width(path, there)
-    other = [k for k in {**manifest, **there} if there.get(k) != manifest.get(k) and k not in told_apart_by_the_fingerprint]
-    if other:
-        raise DataError(f"{path.parent} was made with other settings ({'; '.join(f'{k}: {there.get(k)}, now {manifest.get(k)}' for k in other)}): "
+    if other := [k for k in manifest if there.get(k) != manifest[k] and k not in told_apart_by_the_fingerprint]:
+        raise DataError(f"{path.parent} was made with other settings ({'; '.join(f'{k}: {there.get(k)}, now {manifest[k]}' for k in other)}): "
                         f"choose another features_root, or delete that folder")
 
 # %% ../nbs/14_features.ipynb #6365b9bd
@@ -703,7 +696,7 @@ def _encode_videos(
         store_whole()
     report.waiting = items.waited
 
-# %% ../nbs/14_features.ipynb #223dcf1c
+# %% ../nbs/14_features.ipynb #ece87431
 def extract(
     segments: pd.DataFrame,  # as the readers of `segments` give them
     encoder: Encoder | Sequence[Encoder],  # one or several; one decode feeds them all
@@ -718,7 +711,7 @@ def extract(
     whole_files: bool = False,  # a segment is its whole file, whatever its times say
     progress: bool = True,
     across_videos: bool | None = None,  # batches of one size, filled with several videos; None: on a GPU
-    resize_on: str = "auto",  # "workers", as they decode; "device", where frames are encoded, the same but for tall crops; "auto": as before, else "device" on a GPU
+    resize_on: str = "auto",  # frames, to the same squares: by the "workers", as they decode, or on the "device" that encodes; "auto": "device" on a GPU
 ) -> ExtractReport:
     "Fills the stores with all segments that they lack. Can be stopped at any moment and started again."
     encoders = [encoder] if isinstance(encoder, Encoder) else list(encoder)
@@ -736,11 +729,11 @@ def extract(
     if resize_on not in ("auto", "workers", "device"):
         raise DataError(f"resize_on={resize_on!r} is not one of 'auto', 'workers' and 'device'")
     on_gpu = all(e.device.type == "cuda" for e in encoders)
-    if resize_on == "auto": resize_on = _resized_on(stores, views) or ("device" if on_gpu else "workers")
+    if resize_on == "auto": resize_on = "device" if on_gpu else "workers"
     begin, report = time.perf_counter(), ExtractReport(segments)
     for e, s in zip(encoders, stores):
         for v in views:
-            _open_view(s, v, manifest_of(e, v, feature_fps, backend, boxes, resize_on))
+            _open_view(s, v, manifest_of(e, v, feature_fps, backend, boxes))
     tasks = [ClipTask(video, tuple(rows), views, tuple(e.preprocess for e in encoders), feature_fps, boxes, backend, whole_files,
                       clip_frames=n, whole_frames=resize_on == "device")
              for video, rows in _left_to_do(segments, stores, views, report).items()]
@@ -753,7 +746,7 @@ def extract(
     report.seconds = time.perf_counter() - begin
     return report
 
-# %% ../nbs/14_features.ipynb #39da24bf
+# %% ../nbs/14_features.ipynb #93e9cc4a
 @dataclass
 class ExtractConfig:
     "All settings of an extraction."
@@ -780,7 +773,7 @@ class ExtractConfig:
     timeout: float = 120.0  # seconds without a decoded frame after which a video is given up
     device: str | None = None  # None: a GPU where there is one
     precision: str = "auto"  # "auto" (bf16 on GPU, fp32 on CPU), "fp32" or "bf16"
-    resize_on: str = "auto"  # "workers" as they decode, "device" (the same but for tall crops), or "auto": as before, else "device" on a GPU
+    resize_on: str = "auto"  # frames, to the same squares: by the decoding "workers", on the "device" that encodes, or "auto": "device" on a GPU
     repair: bool = False  # set damaged shards aside first, so that they are made anew
     progress: bool = True
 

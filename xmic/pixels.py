@@ -63,7 +63,7 @@ def crop_box(
     left, top, right, bottom = crop_edges(box, *frame.shape[:2])
     return frame[top:bottom, left:right]
 
-# %% ../nbs/07_pixels.ipynb #1230da2e
+# %% ../nbs/07_pixels.ipynb #722d8810
 @dataclass(frozen=True)
 class Preprocess:
     "What is done to a frame before an encoder sees it. `pixels` is the 8-bit part; mean and std are applied on the device."
@@ -118,6 +118,9 @@ class Preprocess:
 
     def _square(self, frame: np.ndarray) -> np.ndarray:
         size, (top, left) = self.layout(*frame.shape[:2])
-        image = resize_aliased(frame, size) if self.interpolation == ALIASED else \
-            Image.fromarray(np.ascontiguousarray(frame)).resize(size[::-1], FILTERS[self.interpolation])
-        return np.asarray(image)[top:top + self.size, left:left + self.size]
+        if self.interpolation == ALIASED:
+            image = resize_aliased(frame, size)
+        else:
+            across = Image.fromarray(np.ascontiguousarray(frame)).resize((size[1], len(frame)), FILTERS[self.interpolation])
+            image = np.asarray(across.resize(size[::-1], FILTERS[self.interpolation]))
+        return image[top:top + self.size, left:left + self.size]

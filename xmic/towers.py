@@ -142,7 +142,7 @@ class FixedBatch:
         else: self.features = self.function(self.pixels)
         return self.features[:n * len(self.features) // len(self.pixels)].clone()
 
-# %% ../nbs/10_towers.ipynb #a3c12813
+# %% ../nbs/10_towers.ipynb #642b8c8e
 def _filter(
     x: Tensor,  # distance from the centre, in pixels of the result
     name: str,
@@ -157,27 +157,40 @@ def _weights(
     length: int,  # L, of the whole frame, pixels
     side: int,  # S
     interpolation: str,
-) -> Tensor:  # (M, S, L) float64
+) -> Tensor:  # (M, S, L) float64, whole numbers of 22 bits
     begin, end, resized, offset = spans.unsqueeze(2).unbind(1)
     scale = (end - begin) / resized
-    wide = scale.clamp(min=1) if interpolation != ALIASED else torch.ones_like(scale)
-    centre = ((offset + torch.arange(side, device=spans.device) + 0.5) * scale).unsqueeze(2)
-    reach, wide = wide.unsqueeze(2) * (2 if interpolation == "bicubic" else 1), wide.unsqueeze(2)
+    wide = scale.clamp(min=1).unsqueeze(2)
+    centre, reach = (offset + torch.arange(side, device=spans.device) + 0.5).mul(scale).unsqueeze(2), (2 if interpolation == "bicubic" else 1) * wide
     x = torch.arange(length, device=spans.device) - begin.unsqueeze(2)
     inside = (x >= (centre - reach + 0.5).trunc().clamp(min=0)) & (x < torch.minimum((centre + reach + 0.5).trunc(), (end - begin).unsqueeze(2)))
     weights = _filter((x - centre + 0.5) / wide, interpolation) * inside
-    weights /= weights.sum(2, keepdim=True)
-    return weights
+    return (weights / weights.sum(2, keepdim=True) * 2**22).round()
 
 
-def _apply(
-    weights: Tensor,  # (S, L) or (M, 1, S, L) float64
-    x: Tensor,  # (M, 3, L, K) float32, whole numbers from 0 to 255
-) -> Tensor:  # (M, 3, S, K) float32, the same
-    whole = (weights * 2**22).round()
-    high = (whole / 2**11).floor()
+def _filtered(
+    x: Tensor,  # (M, L, K, 3) float32, whole numbers from 0 to 255
+    spans: Tensor,  # (M or 1, 4), of their second dimension, L
+    preprocess: Preprocess,
+) -> Tensor:  # (M, S, K, 3) float32, the same
+    whole = _weights(spans, x.shape[1], preprocess.size, preprocess.interpolation)
+    high, x, shape = (whole / 2**11).floor(), x.flatten(2), x.shape[2:]
     low = ((whole - 2**11 * high).float() @ x).to(torch.int32)
-    return ((high.float() @ x).to(torch.int32).mul_(2**11).add_(low).add_(2**21) >> 22).clamp_(0, 255).float()
+    return ((high.float() @ x).to(torch.int32).mul_(2**11).add_(low).add_(2**21) >> 22).clamp_(0, 255).float().unflatten(2, shape)
+
+
+def _interpolated(
+    x: Tensor,  # (M, L, K, 3) float32
+    spans: Tensor,  # (M, 4), of their second dimension, L
+    preprocess: Preprocess,
+) -> Tensor:  # (M, S, K, 3) float32
+    begin, end, resized, offset = spans.unsqueeze(2).unbind(1)
+    last = end - begin - 1
+    at = ((offset + torch.arange(preprocess.size, device=x.device) + 0.5) * ((last + 1) / resized) - 0.5).clamp(min=0).minimum(last)
+    low = at.floor()
+    share, number = (at - low).float()[..., None, None], torch.arange(len(x), device=x.device).unsqueeze(1)
+    near, far = (x[number, (begin + index).long()] for index in (low, (low + 1).minimum(last)))
+    return near * (1 - share) + far * share
 
 
 def device_squares(
@@ -185,15 +198,16 @@ def device_squares(
     frames: Tensor,  # (N, H, W, 3) uint8
     crops: Sequence[tuple[int, tuple[int, int, int, int] | None]],  # number of the frame; left, top, right, bottom in whole pixels inside it, None: all
 ) -> Tensor:  # (M, S, S, 3) uint8
-    "What `Preprocess.pixels` gives, made on the device that the frames are on; some values of tall crops that shrink may differ."
+    "What `Preprocess.pixels` gives, to the bit, made on the device that the frames are on."
     (height, width), p = frames.shape[1:3], preprocess
     edges = [edges or (0, 0, width, height) for _, edges in crops]
     layouts = [p.layout(bottom - top, right - left) for left, top, right, bottom in edges]
-    spans = [[(e[1 - axis], e[3 - axis], size[axis], offset[axis]) for e, (size, offset) in zip(edges, layouts)] for axis in (0, 1)]
-    alike = len(set(edges)) == 1
-    down, across = (_weights(torch.tensor(span[:1] if alike else span, dtype=torch.float64, device=frames.device), length, p.size, p.interpolation)
-                    for span, length in zip(spans, (height, width)))
-    down, across = (weights[0] if alike else weights.unsqueeze(1) for weights in (down, across))
-    x = frames[[number for number, _ in crops]].permute(0, 3, 2, 1).float()  # (M, 3, W, H)
-    x = (across.float() @ (x @ down.float().mT)).round_() if p.interpolation == ALIASED else _apply(down, _apply(across, x).mT).mT
-    return x.to(torch.uint8).permute(0, 3, 2, 1).contiguous()
+    down, across = (torch.tensor([(e[1 - axis], e[3 - axis], size[axis], offset[axis]) for e, (size, offset) in zip(edges, layouts)],
+                                 dtype=torch.float64, device=frames.device) for axis in (0, 1))
+    x = frames[[number for number, _ in crops]].float()
+    if p.interpolation == ALIASED:
+        x = _interpolated(_interpolated(x, down, p).transpose(1, 2), across, p).transpose(1, 2).round_()
+    else:
+        some = slice(1) if len(set(edges)) == 1 else slice(None)  # weights that all crops share are made once
+        x = _filtered(_filtered(x.transpose(1, 2), across[some], p).transpose(1, 2), down[some], p)
+    return x.to(torch.uint8).contiguous()

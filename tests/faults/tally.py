@@ -69,9 +69,9 @@ def counts(faults: list[Fault]) -> dict:
 
 def summary(faults: list[Fault]) -> dict:
     "Counts over all, and for each kind with an example of what was said."
-    kinds = {}
+    kinds = []
     for key in dict.fromkeys((f.place, f.kind) for f in faults):
         own = [f for f in faults if (f.place, f.kind) == key]
         sentence = next((f.detail for f in own if f.outcome in (SAID, LOST, SKIPPED)), None)
-        kinds[": ".join(key)] = counts(own) | ({"for example": sentence} if sentence else {})
+        kinds.append(dict(met_by=key[0], fault=key[1], **counts(own), for_example=sentence or ""))
     return counts(faults) | dict(kinds=kinds)
