@@ -7,7 +7,7 @@ __all__ = ['OUTCOMES', 'ZERO_SHOT', 'STYLE', 'LISTED', 'read_names', 'Vocabulary
            'pictures', 'Recent', 'OpenRun', 'compare', 'Film', 'Choice', 'finished_runs', 'Bench', 'strip_html',
            'map_html', 'attention_html', 'ranking_html', 'neighbours_html', 'Explorer', 'ready']
 
-# %% ../nbs/39_explorer.ipynb #8db2bae5
+# %% ../nbs/39_explorer.ipynb #b4e84e31
 import base64
 import io
 import time
@@ -39,8 +39,9 @@ from .features import ExtractConfig, StoredView, hand_boxes, resize_policy
 from .files import DataError, brief, from_root, read_json, settings
 from .hands import HandBoxes
 from .inspection import Look, turned
+from .recognizer import SampledFrames
 from .streams import Batch
-from .training import PIXELS, RunData, RunResult, Split, TrainConfig, dataset_root, load_trained, pick_device, reads_context, resolve, test_batches, train
+from .training import PIXELS, RunData, RunResult, Split, TrainConfig, dataset_root, load_trained, pick_device, resolve, test_batches, train
 from .video import frame_indices, frame_times, probe, read_frames
 
 # %% ../nbs/39_explorer.ipynb #b327331a
@@ -196,7 +197,7 @@ def _film(path: Path, start: float | None, stop: float | None, frames: int) -> t
     every = wanted_frames(info, segment, times=None if info.folder else frame_times(path))
     return segment, every[frame_indices(0, len(every), frames)]
 
-# %% ../nbs/39_explorer.ipynb #d526c519
+# %% ../nbs/39_explorer.ipynb #9a1222c4
 class OpenRun:
     "A finished run, to be asked about single clips and any names. Raises `DataError` if what it was made from is gone."
 
@@ -247,22 +248,8 @@ class OpenRun:
         segment, numbers = _film(path, start, stop, c.frames)
         images, info = read_frames(path, numbers), probe(path)
         found = [boxes.box(segment, int(n), info, images.shape[2], images.shape[1]) if boxes else None for n in numbers]
-        sees = partial(self._sees, images, found)
-        if c.method in PIXELS:
-            batch = Batch(sees(self.data.encoder, c.classified_view, pixels=True))
-        else:
-            context = [sees(self.data.context, view) for view in c.context_views] if reads_context(c) else []
-            batch = Batch(sees(self.data.encoder, c.classified_view), torch.stack(context, 2) if context else None)
-        return Clip(str(path), segment, numbers, batch, {})
-
-    def _sees(self, images: np.ndarray, boxes: list, encoder: Encoder, view: str, pixels: bool = False) -> Tensor:  # (1, T, ...)
-        encoder = encoder.with_resize("shortest" if view == "hand" else resize_policy(self.config.resize, self.config.dataset))
-        crops = boxes if view == "hand" else None
-        if pixels:
-            return torch.from_numpy(encoder.preprocess.pixels(images, crops))[None].to(encoder.device)
-        if len(images) % encoder.clip_frames:
-            raise DataError(f"{encoder.name} reads clips of {encoder.clip_frames} frames, and the run samples {len(images)}")
-        return encoder.encode_frames(images, boxes=crops)[None].repeat_interleave(encoder.clip_frames, 1)
+        encoder, context = (e.with_resize(resize_policy(c.resize, c.dataset)) for e in (self.data.encoder, self.data.context))
+        return Clip(str(path), segment, numbers, SampledFrames(numbers.tolist(), images, found).batch(c, encoder, context), {})
 
     @torch.inference_mode()
     def logits(self, batch: Batch, classes: ClassEmbeddings, plain: bool = False) -> Tensor:  # (B, C)
