@@ -142,7 +142,7 @@ class FixedBatch:
         else: self.features = self.function(self.pixels)
         return self.features[:n * len(self.features) // len(self.pixels)].clone()
 
-# %% ../nbs/10_towers.ipynb #642b8c8e
+# %% ../nbs/10_towers.ipynb #d789d719
 def _filter(
     x: Tensor,  # distance from the centre, in pixels of the result
     name: str,
@@ -193,6 +193,12 @@ def _interpolated(
     return near * (1 - share) + far * share
 
 
+def _without_waiting(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
+    "A tensor on a device; the device's other work goes on, which it would not for a copy from memory that is not pinned."
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def device_squares(
     preprocess: Preprocess,
     frames: Tensor,  # (N, H, W, 3) uint8
@@ -202,9 +208,9 @@ def device_squares(
     (height, width), p = frames.shape[1:3], preprocess
     edges = [edges or (0, 0, width, height) for _, edges in crops]
     layouts = [p.layout(bottom - top, right - left) for left, top, right, bottom in edges]
-    down, across = (torch.tensor([(e[1 - axis], e[3 - axis], size[axis], offset[axis]) for e, (size, offset) in zip(edges, layouts)],
-                                 dtype=torch.float64, device=frames.device) for axis in (0, 1))
-    x = frames[[number for number, _ in crops]].float()
+    down, across = (_without_waiting([(e[1 - axis], e[3 - axis], size[axis], offset[axis]) for e, (size, offset) in zip(edges, layouts)],
+                                     torch.float64, frames.device) for axis in (0, 1))
+    x = frames[_without_waiting([number for number, _ in crops], torch.int64, frames.device)].float()
     if p.interpolation == ALIASED:
         x = _interpolated(_interpolated(x, down, p).transpose(1, 2), across, p).transpose(1, 2).round_()
     else:
