@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--long", action="store_true", help="many of each kind, make reproduce among them: about half an hour")
+    parser.add_argument("--long", action="store_true", help="many of each kind, make reproduce among them: a quarter of an hour on two cores")
     parser.add_argument("--count", type=int, help="how many of each kind, in place of the mode's; of the soak, kills (200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=f"some of: {', '.join(CASES)}")
