@@ -13,8 +13,8 @@ version = release = xmic.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "pages"]
 root_doc = "docs/index"
 # The root of the repository is the source, so that links between its files lead to the same places here and on GitHub.
-include_patterns = ["docs/*.md", "nbs/**.ipynb", "data/README.md", "data/paper/README.md", "benchmarks/README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
-WALKED = {"docs", "nbs", "data", "benchmarks"}
+include_patterns = ["docs/*.md", "nbs/**.ipynb", "data/README.md", "data/paper/README.md", "benchmarks/README.md", "tests/faults/README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+WALKED = {"docs", "nbs", "data", "benchmarks", "tests"}
 exclude_patterns = [p.name for p in ROOT.iterdir() if p.is_dir() and p.name not in WALKED]
 exclude_patterns += [f"data/{p.name}" for p in (ROOT / "data").iterdir() if p.is_dir() and p.name != "paper"]
 exclude_patterns += ["**/.ipynb_checkpoints", "nbs/index.ipynb", "nbs/report_template"]

@@ -216,10 +216,33 @@ def made_with(found: dict) -> str:
     hardware, versions = found.get("hardware", {}), found.get("versions", {})
     machine = [hardware.get("gpu") or hardware.get("cpu"), f"{hardware['cores']} cores" if "cores" in hardware else None,
                f"{hardware['memory_gib']} GiB" if "memory_gib" in hardware else None,
-               f"on {versions['device']}" if "device" in versions else None, f"{versions['threads']} threads" if "threads" in versions else None]
+               f"on {versions['device']}" if "device" in versions else None, f"{versions['threads']} thread{'s' * (versions['threads'] != 1)}" if "threads" in versions else None]
     known = {**hardware, **versions, **found}
     software = [f"{name} {known[name]}" for name in ("python", "torch", "open_clip") if name in known]
     return "; ".join(filter(None, [*machine, *software, known.get("date", "")[:10] or None]))
+
+
+def injected(kinds: list[dict]) -> str:
+    "The harness's counts, a line for each thing that met faults."
+    rows = []
+    for place in dict.fromkeys(kind["met_by"] for kind in kinds):
+        own = [kind for kind in kinds if kind["met_by"] == place]
+        names = [f"{kind['fault']} ({kind['injected']})" if kind["injected"] > 1 else kind["fault"] for kind in own if kind["injected"] + kind["skipped"]]
+        rows.append({"met by": place, "faults": "; ".join(names)} | {n: sum(kind[n] for kind in own) for n in ("injected", "survived", "said", "lost", "compared")})
+    return as_table(rows)
+
+
+def sentences(kinds: list[dict]) -> str:
+    "One refusal for each thing that met faults."
+    found = {kind["met_by"]: kind for kind in reversed(kinds) if kind["said"]}
+    return "\n".join(f"- {kind['fault']}: `{kind['for_example']}`" for kind in reversed(found.values()))
+
+
+def clones(lines: list[dict]) -> str:
+    "What is the same in each clone as in the first."
+    same = lambda line, kind: f"{line[kind]['same']} of {line[kind]['count']}" if kind in line else ""
+    return as_table([{"jobs at a time": line["cores"], "seconds": line["seconds"]} | {f"same {kind}": same(line, kind) for kind in (
+        "features", "weights", "metrics", "tables")} for line in lines])
 
 
 def measurements(folder: Path) -> dict:
@@ -235,6 +258,8 @@ def measurements(folder: Path) -> dict:
         for entry in [value, *value.values()]:
             if isinstance(entry, dict) and ("versions" in entry or "hardware" in entry):
                 entry["made_with"] = f"*{made_with(entry)}*"
+    kinds = found["faults"]["faults"]["kinds"]
+    lists |= dict(faults_injected=injected(kinds), faults_said=sentences(kinds), clones_compared=clones(found["determinism"]["clones"]))
     return {**found, **lists, "all_benchmarks": "\n\n".join(sections)}
 
 
