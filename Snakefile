@@ -60,7 +60,9 @@ localrules: all, world, first_rows
 
 
 rule all:
-    input: f"{PROFILE.runs_root}/report/done", f"{PROFILE.reports}/index.html", [f"{PROFILE.runs_root}/first_rows.txt"] * bool(FIRST)
+    input:
+        f"{PROFILE.runs_root}/report/done", f"{PROFILE.reports}/index.html", [f"{PROFILE.runs_root}/first_rows.txt"] * bool(FIRST),
+        [f"{PROFILE.runs_root}/{name}/metrics.json" for name in PLAN.runs],  # so that a run that was deleted is made again
 
 
 rule world:

@@ -14,7 +14,7 @@ import pytest
 from generated import NOTE, link_official_files, make
 from world import register_tiny, write_world
 from xmic import experiments
-from xmic.experiments import annotations, cells, failures, plan, prepare, profile, run, runs
+from xmic.experiments import Plan, annotations, cells, failures, plan, prepare, profile, run, runs
 from xmic.features import ExtractConfig
 from xmic.files import DataError, settings, write_json
 from xmic.paper import PRINTED, printed
@@ -169,18 +169,42 @@ def test_the_mini_profile_plans_the_world_first(tmp_path):
     assert jobs["world"] == 1 and jobs["first_run"] == 6 and jobs["run"] + jobs["first_run"] + jobs.get("long_run", 0) == len(made.runs) and jobs["table"] == 2 and jobs["first_rows"] == 1
 
 
-@pytest.mark.slow
-def test_a_report_that_is_there_without_its_runs_is_made_anew(tmp_path):
-    "As in a fresh clone, which holds the committed report."
-    assert (ROOT / "reports/mini/index.html").exists() and (ROOT / "reports/mini/table3.md").exists()
+def planned_paper(tmp_path: Path, reports: Path) -> Plan:
+    "Table 3 of the paper profile, with files that stand for the annotations."
     made = plan(profile("paper", data=str(tmp_path)), "3")
-    write_json(tmp_path / "profile.json", dict(runs_root=str(tmp_path / "runs"), features_root=str(tmp_path / "features"), reports=str(ROOT / "reports/mini")))
+    write_json(tmp_path / "profile.json", dict(runs_root=str(tmp_path / "runs"), features_root=str(tmp_path / "features"), reports=str(reports)))
     for store in made.stores.values():
         (tmp_path / store.parameters["dataset"]).mkdir(exist_ok=True)
     for file in ("epic/EPIC_100_train.csv", "epic/EPIC_100_validation.csv", "epic/EPIC_100_noun_classes.csv", "epic/EPIC_100_verb_classes.csv",
                  "ego4d/fho_lta_train.json", "ego4d/fho_lta_val.json", "egtea/noun_idx.txt", "egtea/verb_idx.txt",
                  *(f"egtea/test_split{i}.txt" for i in (1, 2, 3))):
         (tmp_path / file).touch()
+    return made
+
+
+@pytest.mark.slow
+def test_a_run_that_was_deleted_is_made_again(tmp_path):
+    made, runs, reports = planned_paper(tmp_path, tmp_path / "report"), tmp_path / "runs", tmp_path / "report"
+    done = [*(tmp_path / "features" / "jobs" / name / "done" for name in made.stores), *(runs / name / "metrics.json" for name in made.runs),
+            *(reports / f"table3.{ending}" for ending in ("md", "csv", "tex", "svg", "png")), runs / "table3" / "done",
+            *(reports / name for name in ("index.html", "runs.csv", "differences.csv")), runs / "report" / "done"]
+    newest = max(path.stat().st_mtime for path in [*(ROOT / "xmic").glob("*.py"), *(ROOT / "nbs").rglob("*.ipynb"), *(ROOT / "nbs").rglob("*.j2")])
+    for second, path in enumerate(done, int(newest) + 1):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (second, second))
+    again = dry_run("profile=paper", f"data={tmp_path}", "tables=3")
+    assert "Nothing to be done" in again.stdout + again.stderr
+    (runs / next(iter(made.runs)) / "metrics.json").unlink()
+    jobs = planned(dry_run("profile=paper", f"data={tmp_path}", "tables=3"))
+    assert jobs["run"] == jobs["table"] == jobs["report"] == 1 and not any("extract" in rule or "store" in rule for rule in jobs)
+
+
+@pytest.mark.slow
+def test_a_report_that_is_there_without_its_runs_is_made_anew(tmp_path):
+    "As in a fresh clone, which holds the committed report."
+    assert (ROOT / "reports/mini/index.html").exists() and (ROOT / "reports/mini/table3.md").exists()
+    made = planned_paper(tmp_path, ROOT / "reports/mini")
     jobs = planned(dry_run("profile=paper", f"data={tmp_path}", "tables=3"))
     assert jobs["run"] == len(made.runs) and sum(jobs.get(rule, 0) for rule in ("extract", "extract_first", "store_frames")) == len(made.stores) and jobs["table"] == jobs["report"] == 1
 
