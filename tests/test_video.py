@@ -416,7 +416,8 @@ def test_memory_stays_small(long_video, backend):
 
     Until decord has been sent back it decodes on, so where this process waits for its turn it may hold more: once, not always."""
     grown = []
-    while len(grown) < 3 and min(grown, default=1e9) > 100e6:
+    while len(grown) < 10 and min(grown, default=1e9) > 100e6:
+        time.sleep(len(grown))  # on a machine that lets processes wait, it may let them wait for seconds
         grown.append(int(subprocess.run([sys.executable, "-c", READ, long_video, backend], capture_output=True, text=True, check=True).stdout))
     assert min(grown) < 100e6, grown
 
