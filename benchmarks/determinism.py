@@ -3,19 +3,16 @@ import argparse
 import csv
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 
+from epic_scale import made_with
 from xmic.files import write_json
-from xmic.training import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,8 +73,7 @@ def main() -> None:
             line = dict(cores=cores, seconds=round(made(folder, cores, args.tables, args.size)))
             lines.append(line | (compared(Path(work) / "0", folder) if number else {}))
             print(json.dumps(lines[-1]), flush=True)
-    write_json(args.out, dict(command=" ".join(["python", "benchmarks/determinism.py", *sys.argv[1:]]), tables=args.tables, size=args.size, clones=lines,
-                              cpus=os.cpu_count(), date=datetime.now(timezone.utc).isoformat(timespec="seconds"), versions=provenance(torch.device("cpu"))))
+    write_json(args.out, dict(made_with(), tables=args.tables, size=args.size, clones=lines))
 
 
 if __name__ == "__main__":

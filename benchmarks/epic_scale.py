@@ -1,7 +1,6 @@
 """X-MIC on all of EPIC-KITCHENS-100: the real annotations, generated features of the true lengths, one epoch. See README.md."""
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -249,6 +248,12 @@ def hardware() -> dict:
     return dict(cpu=cpu, cores=os.cpu_count(), memory_gib=memory and round(memory, 1), load_average=os.getloadavg())
 
 
+def made_with(device: torch.device | str = "cpu") -> dict:
+    "What the JSON of each benchmark says of how it was made."
+    return dict(command=" ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]), date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                hardware=hardware(), versions=provenance(torch.device(device)))
+
+
 def ratios(results: list[dict]) -> list[dict]:
     "How many times longer the reference takes than the kit on the same steps, both with what they read in the file cache as far as it fits."
     kit = {r["batch_size"]: r for r in results if r["mode"] == "streamed" and r["cache"] != "cold"}
@@ -289,8 +294,7 @@ def main() -> None:
     data = Path(os.environ.get("XMIC_TEST_DATA", ROOT / "../shared/data")).resolve()
     device = pick_device(options.device)
     root = options.store or Path(tempfile.mkdtemp(prefix="epic_scale_", dir=options.work))
-    report = dict(command=" ".join(["python", "benchmarks/epic_scale.py", *sys.argv[1:]]), date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                  hardware=hardware(), versions=provenance(device), threads=options.threads, feature_fps=options.fps)
+    report = dict(made_with(device), threads=options.threads, feature_fps=options.fps)
     try:
         if not options.store:
             report["annotations"] = link_annotations(data, root)

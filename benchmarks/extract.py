@@ -26,7 +26,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).parent))
 
+from epic_scale import made_with  # noqa: E402
 from videos import write_video  # noqa: E402
 from xmic.clips import ClipTask, Frames, Pixels, clip_pixels  # noqa: E402
 from xmic.encoders import PRECISIONS, Encoder, create_encoder  # noqa: E402
@@ -34,7 +36,6 @@ from xmic.features import FeatureStore, extract  # noqa: E402
 from xmic.files import read_json, write_json  # noqa: E402
 from xmic.hands import HandBoxes  # noqa: E402
 from xmic.segments import read_csv  # noqa: E402
-from xmic.training import provenance  # noqa: E402
 
 
 def rounded(x: float) -> float:
@@ -178,7 +179,7 @@ def main() -> None:
         waiting_for_decode=rounded(sum(r.waiting for r in reports) / sum(r.seconds for r in reports)),
         decoding={f"resize on {where}": found | dict(cores_to_keep_up_with_bare=rounded(rate / found["crops_per_core_second"]))
                   for where, found in decoded.items()},
-        peak_mib_by_videos=memory, versions=provenance(device), cores=os.cpu_count(), load_average=os.getloadavg())
+        peak_mib_by_videos=memory, **made_with(device))
     results = read_json(args.out) if args.out.exists() else {}
     name = args.name or f"{args.encoder}, {args.size[0]}x{args.size[1]}, {args.device}"
     write_json(args.out, results | {name: result})

@@ -8,7 +8,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from epic_scale import hardware  # noqa: E402
+from epic_scale import made_with  # noqa: E402
 from xmic.classes import ClassSet  # noqa: E402
 from xmic.distributed import deal_videos  # noqa: E402
 from xmic.encoders import ClassEmbeddings, create_encoder, embed_prompts  # noqa: E402
@@ -26,7 +25,7 @@ from xmic.evaluation import summarise  # noqa: E402
 from xmic.features import ExtractReport, FeatureStore, _left_to_do, shard_name, write_shard  # noqa: E402
 from xmic.files import write_json  # noqa: E402
 from xmic.streams import Streams  # noqa: E402
-from xmic.training import Split, TrainConfig, Trainer, build_method, evaluate, provenance, resolve  # noqa: E402
+from xmic.training import Split, TrainConfig, Trainer, build_method, evaluate, resolve  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 VIEWS, DIM, PER_VIDEO = ("full", "hand"), 32, 136  # as many segments a video as EPIC-KITCHENS has
@@ -209,8 +208,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "reports" / "bench" / "growth.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    report = dict(command=" ".join(["python", "benchmarks/growth.py", *sys.argv[1:]]), date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                  hardware=hardware(), versions=provenance(torch.device("cpu")), dim=DIM, segments_a_video=PER_VIDEO)
+    report = dict(made_with(), dim=DIM, segments_a_video=PER_VIDEO)
     with tempfile.TemporaryDirectory(prefix="growth_", dir=options.work) as place:
         folder = Path(place)
         results = {"segments": growth_of_segments(folder, tuple(s for s in SEGMENTS if s <= options.largest)),

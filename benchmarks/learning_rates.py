@@ -11,9 +11,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from epic_scale import made_with
 from xmic.experiments import METHODS, prepare, profile, run
 from xmic.files import read_json, settings, write_json
-from xmic.training import TrainConfig, provenance, resolve, train
+from xmic.training import TrainConfig, resolve, train
 
 OUT = Path(__file__).resolve().parents[1] / "reports" / "bench" / "learning_rates.json"
 TASKS = (("ego4d", "noun"), ("epic", "verb"))
@@ -40,8 +41,7 @@ def main() -> None:
                     for s, k in TASKS]
             print(*rows, sep="\n", flush=True)
             known = [r for r in (read_json(OUT)["rows"] if OUT.exists() else []) if (r["method"], r["factor"]) != (method, factor)]
-            write_json(OUT, dict(command=f"python benchmarks/learning_rates.py --fraction {args.fraction}", rows=known + rows,
-                                 versions=provenance(torch.device("cpu"))))
+            write_json(OUT, dict(made_with(), rows=known + rows))
     print(pd.DataFrame(read_json(OUT)["rows"]).pivot_table(index=["method", "lr"], columns=["source", "kind"], values="top1", margins=True).round(1))
 
 

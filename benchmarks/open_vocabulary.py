@@ -7,7 +7,6 @@ import sys
 import tempfile
 import time
 import warnings
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from epic_scale import hardware  # noqa: E402
+from epic_scale import made_with  # noqa: E402
 from videos import numbered_frame, write_video  # noqa: E402
 from xmic.encoders import create_encoder  # noqa: E402
 from xmic.files import write_json  # noqa: E402
 from xmic.recognizer import Recognizer  # noqa: E402
-from xmic.training import TrainConfig, build_method, provenance, resolve  # noqa: E402
+from xmic.training import TrainConfig, build_method, resolve  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,8 +84,7 @@ def main() -> None:
         results = [measure(e, None if e.startswith("mini") else "random", clip, tuple(options.sizes), options.rounds) for e in options.encoders]
         kept = {p.name.split("-shortest")[0]: p.stat().st_size for p in Path(folder, "text").iterdir() if p.stat().st_size > 1_000_000}
     write_json(options.out, dict(
-        command=" ".join(["python", "benchmarks/open_vocabulary.py", *sys.argv[1:]]), date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        hardware=hardware(), versions=provenance(torch.device("cpu")), load_average=os.getloadavg(), threads=options.threads,
+        **made_with(), threads=options.threads,
         clip=str(options.video.name) if options.video else "made, 456x256, 10 s at 30 frames a second", sizes=list(options.sizes), rounds=options.rounds,
         kept_bytes=kept, results=results))
     for r in results:

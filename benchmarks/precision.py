@@ -4,19 +4,18 @@ import argparse
 import sys
 import tempfile
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from epic_scale import hardware  # noqa: E402
+from epic_scale import made_with  # noqa: E402
 from xmic.experiments import MINI_NOTE, Profile, Run, profile, run  # noqa: E402
 from xmic.features import ExtractConfig, FeatureStore, extract_dataset  # noqa: E402
 from xmic.files import write_json  # noqa: E402
 from xmic.mini import build  # noqa: E402
-from xmic.training import RunResult, TrainConfig, provenance, train  # noqa: E402
+from xmic.training import RunResult, TrainConfig, train  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 WAYS: dict[str, dict] = {  # what is extracted, what is trained, on how many threads; the first is what the others are compared with
@@ -89,10 +88,9 @@ def main() -> None:
                               **changed("zero_shot", zero_shot, reference[1]), **changed("xmic", xmic, reference[2])))
             print(lines[-1], flush=True)
     answers = (1 + args.seeds) * sum(r.metrics["segments"][d]["with_features"] for r in reference[1] for d in r.metrics["segments"])
-    write_json(args.out, dict(command=" ".join(["python", "benchmarks/precision.py", *sys.argv[1:]]), note=MINI_NOTE, size=args.size, seeds=args.seeds,
-                              answers=answers, reference=next(iter(ways)), top1=first, another_seed=seeds, ways=lines, hardware=hardware(),
-                              date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                              versions=provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu"))))
+    write_json(args.out, dict(note=MINI_NOTE, size=args.size, seeds=args.seeds,
+                              answers=answers, reference=next(iter(ways)), top1=first, another_seed=seeds, ways=lines,
+                              **made_with("cuda" if torch.cuda.is_available() else "cpu")))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+from epic_scale import made_with  # noqa: E402
 from generated import link_official_files, write_ego4d  # noqa: E402
 from xmic.costs import ANNOTATED, VITS, step_gflop, vit_gflop  # noqa: E402
 from xmic.encoders import ClassEmbeddings, create_encoder  # noqa: E402
@@ -20,7 +21,7 @@ from xmic.experiments import TABLES, plan, profile  # noqa: E402
 from xmic.files import settings, write_json  # noqa: E402
 from xmic.segments import read_classes  # noqa: E402
 from xmic.streams import Batch  # noqa: E402
-from xmic.training import CONDITIONED, PIXELS, UNTRAINED, TrainConfig, build_method, provenance, resolve, text_tower  # noqa: E402
+from xmic.training import CONDITIONED, PIXELS, UNTRAINED, TrainConfig, build_method, resolve, text_tower  # noqa: E402
 
 SPLITS = {("epic", "train"): "EPIC-KITCHENS train", ("epic", "test"): "EPIC-KITCHENS test", ("ego4d", "train"): "Ego4D train",
           ("ego4d", "test"): "Ego4D test", ("egtea", "test"): "EGTEA test"}
@@ -108,7 +109,7 @@ def main() -> None:
         methods = runs_costs(str(root), "all").groupby("method").trained.agg(["count", "sum"]).set_axis(["runs", "training, PFLOP"], axis=1)
     table = pd.DataFrame(rows).T.rename_axis("table")
     print(table.round(2).to_string(), methods.round(2), sep="\n\n")
-    write_json(given.out, dict(command="python benchmarks/tables.py", assumed=dict(tflops=given.tflops, least_ms=given.least_ms), versions=provenance(torch.device("cpu")),
+    write_json(given.out, dict(made_with(), assumed=dict(tflops=given.tflops, least_ms=given.least_ms),
                                tables=rows, methods=methods.to_dict("index")))
 
 

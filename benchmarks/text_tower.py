@@ -5,7 +5,6 @@ import os
 import sys
 import time
 import warnings
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from epic_scale import alone, hardware
+from epic_scale import alone, made_with
 from xmic.classes import ClassSet
 from xmic.encoders import ClassEmbeddings, build_model
 from xmic.files import DataError, write_json
 from xmic.prompting import CoCoOp, CoOp
 from xmic.streams import Batch
 from xmic.text import TextTower
-from xmic.training import peak_memory, pick_device, provenance
+from xmic.training import peak_memory, pick_device
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, FRAMES = "ViT-B-16-quickgelu", 16
@@ -152,8 +151,7 @@ def main() -> None:
     options = parser.parse_args()
     device = pick_device(options.device)
     precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
-    report = dict(command=" ".join(["python", "benchmarks/text_tower.py", *sys.argv[1:]]), date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                  hardware=hardware(), versions=provenance(device), threads=options.threads, model=MODEL, precision=precision,
+    report = dict(made_with(device), threads=options.threads, model=MODEL, precision=precision,
                   matmul_tflops=alone(matmul_rate, options.device, precision, options.threads))
     try:
         results = []

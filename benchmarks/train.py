@@ -7,7 +7,6 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from epic_scale import ROOT, VIEWS, LiteralXMIC, PlainLoader, alone, generate, hardware, link_annotations, stored_rows
+from epic_scale import ROOT, VIEWS, LiteralXMIC, PlainLoader, alone, generate, link_annotations, made_with, stored_rows
 from xmic.adapter import cosine_logits, trained_parameters
 from xmic.attention import Block, linear
 from xmic.costs import PeakMemory
@@ -30,7 +29,7 @@ from xmic.files import DataError, write_json
 from xmic.segments import read_segments
 from xmic.streams import Streams
 from xmic.together import Together
-from xmic.training import Split, TrainConfig, Trainer, build_method, peak_memory, pick_device, provenance, resolve
+from xmic.training import Split, TrainConfig, Trainer, build_method, peak_memory, pick_device, resolve
 
 FPS = 4.0  # rows a second in the generated store
 
@@ -265,8 +264,7 @@ def main() -> None:
     options = parser.parse_args()
     device, where = pick_device(options.device), (options.device, options.threads)
     root = Path(tempfile.mkdtemp(prefix="train_", dir=options.work))
-    report = dict(command=" ".join(["python", "benchmarks/train.py", *sys.argv[1:]]), date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                  hardware=hardware(), versions=provenance(device), threads=options.threads)
+    report = dict(made_with(device), threads=options.threads)
     try:
         report["annotations"] = make_stores(root, {512: None, 128: 960})
         report["rates"] = rate = alone(rates, *where)

@@ -9,7 +9,6 @@ interleaved. On the CPU the time is that of the process, so that what else runs 
 FLOPs are counted on the meta device, for 8 and for 16 frames; the bytes kept for the backward pass in the first round."""
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -21,10 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+from epic_scale import made_with  # noqa: E402
 from vita_literal import literal_vision  # noqa: E402
 from xmic.adapter import trained_parameters  # noqa: E402
 from xmic.files import write_json  # noqa: E402
-from xmic.training import provenance  # noqa: E402
 from xmic.vita import VitaVision  # noqa: E402
 
 WAYS = {"ours": lambda vision: vision, "literal": lambda vision: lambda x: literal_vision(vision, x),
@@ -131,7 +130,7 @@ def main() -> None:
         flop = sum(result["counted"].get(args.frames, count(args.frames))["ours"][k] for k in ("forward_gflop", "backward_gflop")) * args.clips
         result["measured"] |= dict(peak_mib={n: rounded(p) for n, p in peaks.items()}, bf16_tflops_measured=rounded(rate),
                                    share_of_it=rounded(flop / best["ours"] / 1e3 / rate))
-    result |= dict(versions=provenance(device), threads=args.threads, load_average=os.getloadavg())
+    result |= dict(made_with(device), threads=args.threads)
     write_json(args.out, result)
     print(args.out.read_text())
 

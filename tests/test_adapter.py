@@ -1,5 +1,4 @@
 """The attention block and X-MIC against the reference vectors, and what must hold whatever the weights are."""
-import json
 
 import pytest
 import torch

@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 import papermill
 import pytest
+from PIL import Image
 
 from xmic.features import ExtractConfig
 from xmic.training import TrainConfig
@@ -167,6 +168,11 @@ def test_benchmarks_have_the_options_that_are_named():
 
 
 # What is said.
+
+def test_the_figure_of_the_benchmarks_shows_their_numbers():
+    said = subprocess.run([sys.executable, "-c", "import figure; print(figure.digest())"], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=True)
+    assert Image.open(ROOT / "reports/bench/faster.png").info["ratios"] == said.stdout.strip(), "run python benchmarks/figure.py"
+
 
 def test_readme_is_one_screen_with_one_small_picture():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
