@@ -153,7 +153,7 @@ def test_a_file_read_as_a_stream_gives_the_answers_of_the_file(recognizer, film)
 
 
 def test_the_standard_input_is_a_stream(film):
-    code = "from xmic.timeline import open_stream\nfrom videos import numbers_of\nimport numpy as np\nwith open_stream('-') as (fps, frames): print(fps(np.stack(list(frames))) == list(range(60)))"
+    code = "from xmic.timeline import open_stream\nfrom videos import numbers_of\nimport numpy as np\nwith open_stream('-') as (fps, frames): print(fps, numbers_of(np.stack(list(frames))) == list(range(60)))"
     with open(film, "rb") as stdin:
         done = subprocess.run([sys.executable, "-c", code], stdin=stdin, capture_output=True, text=True, cwd=__file__.rsplit("/", 1)[0])
     assert done.stdout.strip() == "10.0 True", done.stderr
