@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from videos import cut_short, number_of, numbered_frame, numbers_of, overwrite, write_jpegs, write_video
-from xmic.clips import READ_AT_ONCE, Clip, ClipTask, Failed, Frames, Pixels, clip_pixels, for_each_encoder, overlapping, wanted_frames
+from xmic.clips import READ_AT_ONCE, Clip, ClipTask, Failed, Frames, Pixels, clip_pixels, overlapping, wanted_frames
 from xmic.files import DataError
 from xmic.hands import HandBoxes
 from xmic.pixels import Preprocess
@@ -106,12 +106,8 @@ def task(*segments, views=("full",), preprocess=(SQUARE,), **more) -> ClipTask:
 def cut(parts, preprocess):
     "What a device makes of whole frames."
     for part in parts:
-        if not isinstance(part, Frames):
-            yield part
-            continue
-        for view, crops in part.crops.items():
-            squares = for_each_encoder(view, preprocess, lambda p: device_squares(p, torch.from_numpy(part.images), crops).numpy()) if crops else []
-            if crops: yield Pixels(view, squares, sum(edges is None for _, edges in crops) if view == "hand" else 0)
+        if isinstance(part, Frames): yield from part.cut(preprocess, lambda p, crops: device_squares(p, torch.from_numpy(part.images), crops).numpy())
+        else: yield part
 
 
 def gather(parts):

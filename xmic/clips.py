@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['READ_AT_ONCE', 'BYTES_AT_ONCE', 'TEST_FRAMES', 'frame_at', 'wanted_frames', 'ClipTask', 'Pixels', 'Frames', 'Clip',
-           'Failed', 'for_each_encoder', 'overlapping', 'clip_pixels']
+           'Failed', 'overlapping', 'clip_pixels']
 
-# %% ../nbs/13_clips.ipynb #9c96542f
+# %% ../nbs/13_clips.ipynb #d498297a
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -75,7 +75,7 @@ class ClipTask:
     clip_frames: int = 1  # frames that are encoded together
     whole_frames: bool = False  # frames are sent as they are, to be cut and resized elsewhere
 
-# %% ../nbs/13_clips.ipynb #59974f49
+# %% ../nbs/13_clips.ipynb #e4505cd0
 @dataclass
 class Pixels:
     "Some crops of one view, ready for each encoder."
@@ -91,6 +91,15 @@ class Frames:
 
     images: np.ndarray  # (N, H, W, 3) uint8
     crops: dict[str, list[tuple[int, tuple[int, int, int, int] | None]]]  # view -> number of the image, and left, top, right, bottom in it; None: all
+
+    def cut(
+        self,
+        preprocess: Sequence[Preprocess],  # one for each encoder
+        squares: Callable[[Preprocess, list], Any],  # of some crops
+    ) -> Iterator[Pixels]:
+        "The crops of each view, cut and resized by `squares`."
+        for view, crops in self.crops.items():
+            if crops: yield Pixels(view, _for_each_encoder(view, preprocess, lambda p: squares(p, crops)), _whole(view, (edges for _, edges in crops)))
 
 
 @dataclass
@@ -109,7 +118,7 @@ class Failed:
     segment_id: str
     cause: str
 
-# %% ../nbs/13_clips.ipynb #6c0d70bb
+# %% ../nbs/13_clips.ipynb #00f8e913
 READ_AT_ONCE = 16  # whole frames; at 1920x1080 these are 100 MB
 BYTES_AT_ONCE = 16 << 20  # of whole frames in one message: memory of larger ones would be asked from the system anew for each
 
@@ -120,12 +129,8 @@ def _box(task: ClipTask, view: str, segment: Any, index: int, info: VideoInfo, i
     return task.boxes.box(segment, index, info, image.shape[1], image.shape[0])
 
 
-def for_each_encoder(
-    view: str,
-    preprocess: Sequence[Preprocess],  # one for each encoder
-    make: Callable[[Preprocess], Any],  # squares
-) -> list[Any]:  # squares for each encoder
-    "Makes the squares of a view, those of one kind once."
+def _for_each_encoder(view: str, preprocess: Sequence[Preprocess], make: Callable[[Preprocess], Any]) -> list[Any]:
+    "The squares of a view, those of one kind made once."
     wanted = [replace(p, resize="shortest") if view == "hand" else p for p in preprocess]
     made = {p: make(p) for p in dict.fromkeys(wanted)}
     return [made[p] for p in wanted]
@@ -140,7 +145,12 @@ def _send(view: str, waiting: dict, sent: dict[str, int], n: int) -> Pixels:
     crops, waiting[view] = waiting[view][:n], waiting[view][n:]
     sent[view] += len(crops)
     squares = [np.stack(per_encoder) for per_encoder in zip(*(squares for squares, _ in crops))]
-    return Pixels(view, squares, sum(whole for _, whole in crops) if view == "hand" else 0)
+    return Pixels(view, squares, _whole(view, (box for _, box in crops)))
+
+
+def _whole(view: str, boxes: Iterable[Any]) -> int:
+    "How many crops of the hand view are whole frames for want of a box."
+    return sum(box is None for box in boxes) if view == "hand" else 0
 
 
 def _send_frames(task: ClipTask, images: np.ndarray, found: dict[str, list], sent: dict[str, int]) -> Iterator[Frames]:
@@ -165,7 +175,7 @@ def overlapping(
         end = max(end, int(frames[-1]))
     return groups
 
-# %% ../nbs/13_clips.ipynb #37f48c6b
+# %% ../nbs/13_clips.ipynb #af90e2f8
 TEST_FRAMES = 16  # of a segment, of which clips are formed
 
 
@@ -180,7 +190,7 @@ def _uses(group: list) -> dict[int, list[tuple[int, int]]]:  # frame -> where it
 def _read_group(task: ClipTask, path: str, info: VideoInfo, group: list, sent: dict[str, int]) -> Iterator[Pixels | Frames | Clip]:
     "Reads one group of segments; `sent` counts the crops of each view that have left."
     numbers: dict[str, dict[tuple, int]] = {view: {} for view in task.views}  # (frame, box), or of clips (segment, row) -> number of the crop
-    waiting: dict[str, list] = {view: [] for view in task.views}  # (squares, whether a whole frame), not sent yet
+    waiting: dict[str, list] = {view: [] for view in task.views}  # (squares, box), not sent yet
     rows = [{view: np.empty(len(frames), np.int64) for view in task.views} for _, frames in group]
     shared, uses, chunk = _shared(task), _uses(group), -(-task.chunk // task.clip_frames) * task.clip_frames
     for indices, images in iter_frames(path, np.array(sorted(uses)), READ_AT_ONCE, task.backend):
@@ -199,7 +209,7 @@ def _read_group(task: ClipTask, path: str, info: VideoInfo, group: list, sent: d
             yield from _send_frames(task, images, found, sent)
             continue
         for view, crops in found.items():
-            waiting[view] += [(for_each_encoder(view, task.preprocess, lambda p: p.pixels(images[n:n + 1], [box])[0]), box is None) for n, box in crops]
+            waiting[view] += [(_for_each_encoder(view, task.preprocess, lambda p: p.pixels(images[n:n + 1], [box])[0]), box) for n, box in crops]
             while len(waiting[view]) >= chunk:
                 yield _send(view, waiting, sent, chunk)
     for view in task.views:

@@ -9,7 +9,7 @@ __all__ = ['PRECISIONS', 'STORAGES', 'OPENAI_SCALARS', 'OWN', 'DINOV2_SIZES', 'D
            'set_image_size', 'from_dinov2', 'OwnEncoder', 'ClipEncoder', 'create_encoder', 'ClassEmbeddings',
            'embed_classes', 'embed_prompts']
 
-# %% ../nbs/11_encoders.ipynb #19369796
+# %% ../nbs/11_encoders.ipynb #b9c050fb
 import hashlib
 import json
 import logging
@@ -47,7 +47,7 @@ from .classes import ClassSet
 from .files import DataError, brief, check_archive, code_name, code_sha256, did_you_mean, is_code, load_code, project_root, read_json, whole_file
 from .lavila import LAVILA_MEAN, LAVILA_STD, SIZES, LaViLa, LaViLaConfig, check_tensors, is_plain, load_lavila, read_lavila, tokenize
 from .pixels import ALIASED, CLIP_MEAN, CLIP_STD, Preprocess
-from .towers import FixedBatch, fast_tower
+from .towers import FixedBatch, fast_tower, without_waiting
 
 # %% ../nbs/11_encoders.ipynb #618e1746
 def activations(
@@ -88,7 +88,7 @@ def _warn_of_cut(tokenizer: Callable[[list[str]], Tensor], texts: list[str]) -> 
         warnings.warn(f"{len(long)} of {len(texts)} texts have more than {room} tokens and are cut, "
                       f"the first: {long[0][:80]!r}", stacklevel=3)
 
-# %% ../nbs/11_encoders.ipynb #87b8067e
+# %% ../nbs/11_encoders.ipynb #d9fbbc4b
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -172,8 +172,7 @@ class Encoder(nn.Module):
         return pixels
 
     def _on_device(self, pixels: Tensor) -> Tensor:  # (N, 3, S, S) uint8
-        if self.device.type == "cuda" and not pixels.is_cuda: pixels = pixels.pin_memory()
-        return pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        return without_waiting(pixels, self.device).permute(0, 3, 1, 2)
 
     def _fast_tower(self) -> nn.Module | None:
         key = self.device, self.precision

@@ -7,7 +7,7 @@ __all__ = ['IN_FLIGHT', 'write_shard', 'read_shard', 'shard_name', 'read_checked
            'ExtractReport', 'manifest_of', 'file_size', 'Timed', 'extract', 'ExtractConfig', 'resize_policy',
            'dataset_store', 'hand_boxes', 'extract_dataset']
 
-# %% ../nbs/14_features.ipynb #076bcd54
+# %% ../nbs/14_features.ipynb #f0d2f427
 import hashlib
 import json
 import os
@@ -31,14 +31,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .clips import Clip, ClipTask, Failed, Frames, Pixels, clip_pixels, for_each_encoder
+from .clips import Clip, ClipTask, Failed, Frames, Pixels, clip_pixels
 from .distributed import deal_videos
 from .encoders import Encoder, create_encoder
 from .files import DataError, brief, data_folder, features_folder, from_root, one_at_a_time, parse_json, progress_bar, read_json, \
     remove_leftovers, whole_file, writable, write_json
 from .hands import HandBoxes
 from .segments import read_segments
-from .towers import device_squares
+from .towers import device_squares, without_waiting
 from .video import DecodePool, WorkerKilled, decoder_version
 
 # %% ../nbs/14_features.ipynb #b7d3551d
@@ -581,7 +581,7 @@ class _Video:
         own = self.features[view][number]
         return torch.cat(own if view == "full" or "full" not in self.features else [*own, torch.cat(self.features["full"][number]).flip(0)])
 
-# %% ../nbs/14_features.ipynb #54e324bf
+# %% ../nbs/14_features.ipynb #69f5be9a
 IN_FLIGHT = 2  # batches that a GPU may have to itself
 
 
@@ -595,20 +595,13 @@ class _Batches:
 
     def add(self, video: _Video, part: Pixels | Frames) -> None:
         if isinstance(part, Frames):
-            for pixels in self._cut(part): self.add(video, pixels)
+            images = without_waiting(torch.from_numpy(part.images), self.encoders[0].device)
+            for pixels in part.cut([e.preprocess for e in self.encoders], lambda p, crops: device_squares(p, images, crops)): self.add(video, pixels)
             return
         self.report.whole_frames += part.whole
         video.due += len(part.squares[0])
         self.waiting.append((video, part.view, part.squares))
         while self.count >= self.size: self._encode()
-
-    def _cut(self, part: Frames) -> Iterator[Pixels]:
-        device = self.encoders[0].device
-        images = torch.from_numpy(part.images)
-        images = (images.pin_memory() if device.type == "cuda" else images).to(device, non_blocking=True)
-        for view, crops in part.crops.items():
-            squares = for_each_encoder(view, [e.preprocess for e in self.encoders], lambda p: device_squares(p, images, crops)) if crops else None
-            if squares: yield Pixels(view, squares, sum(box is None for _, box in crops) if view == "hand" else 0)
 
     @property
     def count(self) -> int:
