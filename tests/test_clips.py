@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from videos import cut_short, number_of, numbered_frame, numbers_of, overwrite, write_jpegs, write_video
-from xmic.clips import READ_AT_ONCE, Clip, ClipTask, Failed, Frames, Pixels, clip_pixels, overlapping, wanted_frames
+from xmic.clips import READ_AT_ONCE, Clip, ClipTask, Failed, Frames, Pixels, clip_pixels, frame_at, overlapping, wanted_frames
 from xmic.files import DataError
 from xmic.hands import HandBoxes
 from xmic.pixels import Preprocess
@@ -47,7 +47,7 @@ def test_folders_count_official_frames_from_one():
 
 
 def test_a_grid_of_the_video():
-    grid = np.round(np.arange(0, 400) * 7.5).astype(int)
+    grid = np.floor(np.arange(0, 400) * 7.5 + 0.5).astype(int)
     for start, stop in ((0.0, 10.0), (1.0, 4.0), (2.93, 3.91), (5.17, 5.48)):
         first, last = round(start * 30), round(stop * 30)
         assert wanted_frames(info(), segment(start=start, stop=stop), 4).tolist() == [g for g in grid if first <= g < last]
@@ -82,7 +82,8 @@ def test_past_the_end(fps, slack, folder):
     assert wanted_frames(video, place(90, 100)).tolist() == wanted_frames(video, place(90, 100 + slack)).tolist() == list(range(90, 100))
     assert wanted_frames(video, place(99, 100 + slack)).tolist() == [99]
     for a, b in ((90, 101 + slack), (100, 101), (500, 600)):
-        with pytest.raises(DataError, match=f"segment a: frames {a} to {b - 1} are wanted, the video ends at 99"): wanted_frames(video, place(a, b))
+        said = f"frames {a} to {b - 1} are wanted, the video ends at 99" if folder else f"{a / fps:.2f} to {b / fps:.2f} s are wanted"
+        with pytest.raises(DataError, match=f"segment a: {said}"): wanted_frames(video, place(a, b))
 
 
 def test_groups():
@@ -161,7 +162,7 @@ def test_a_rate_is_kept(path):
 def test_the_end_of_a_video(path):
     squares, clips, failed = gather(clip_pixels(task(segment("end", 3.6, 4.3, path), segment("late", 3.6, 6.0, path), segment("after", 4.0, 4.2, path))))
     assert clips["end"].frames.tolist() == list(range(90, 100)) and set(failed) == {"late", "after"}
-    assert all(str(path) in cause and "the video ends at 99" in cause for cause in failed.values())
+    assert all(str(path) in cause and "the video shows something from 0.00 to 4.00 s" in cause for cause in failed.values())
 
 
 def test_boxes_of_each_segment(path, tmp_path):
@@ -337,13 +338,36 @@ def test_in_a_worker(path, tmp_path):
 
 def test_times_of_the_frames_decide_where_the_rate_varies():
     times = np.cumsum(np.r_[0, np.tile([0.02, 0.12, 0.04], 100)])[:300]
-    video = info(frames=300, fps=299 / times[-1])
-    frames = wanted_frames(video, segment(start=3.0, stop=5.0), times=times)
-    half = 0.5 / video.fps
-    assert (frames == np.flatnonzero((times >= 3.0 - half) & (times < 5.0 - half))).all()
-    assert wanted_frames(video, segment(start=17.0, stop=times[-1] + 0.3), times=times)[-1] == 299
-    with pytest.raises(DataError, match="ends at 299"): wanted_frames(video, segment(start=17.0, stop=times[-1] + 2), times=times)
-    steady = np.arange(300) / 30
-    for rate in (None, 4, 7):
-        a, b = (wanted_frames(info(), segment(start=1.01, stop=4.02), rate, t) for t in (None, steady))
-        assert len(a) == len(b) and abs(a - b).max() <= 1
+    video = VideoInfo(300, 299 / times[-1], 160, 120, times=times)
+    assert not video.constant and info().constant
+    frames = wanted_frames(video, segment(start=3.05, stop=5.0))
+    assert (frames == np.arange(np.flatnonzero(times <= 3.05)[-1], np.flatnonzero(times < 5.0)[-1] + 1)).all()
+    assert wanted_frames(video, segment(start=17.0, stop=times[-1] + 0.3))[-1] == 299
+    with pytest.raises(DataError, match="shows something from 0.00 to"): wanted_frames(video, segment(start=17.0, stop=times[-1] + 2))
+
+
+def test_a_gap_shows_the_frame_before_it():
+    times = np.r_[np.arange(100), 225 + np.arange(100)] / 25  # no frame from 3.96 to 9 s
+    video = VideoInfo(200, 25.0, 160, 120, times=times, end=13.0)
+    assert wanted_frames(video, segment(start=5.0, stop=7.0)).tolist() == [99]
+    assert wanted_frames(video, segment(start=5.0, stop=9.1)).tolist() == [99, 100, 101, 102]
+    assert wanted_frames(video, segment(start=3.5, stop=9.1), 2).tolist() == [87, 99, 100]  # 3.48, 3.96 and 9 s
+    assert frame_at(np.array([0.0, 3.959, 3.96, 8.9994, 8.9996, 9.0, 12.99, 13.0]), video).tolist() == [0, 98, 99, 99, 100, 100, 199, 200]
+
+
+@given(st.lists(st.floats(0.002, 3), min_size=2, max_size=40), st.floats(0, 1))
+def test_the_frame_at_a_time_is_the_latest_that_has_appeared(steps, share):
+    times = np.cumsum(np.r_[0.3, steps])
+    video = VideoInfo(len(times), 10.0, 160, 120, times=times, end=times[-1] + 1)
+    t = times[0] + share * (video.end - times[0]) * 0.999
+    if not video.constant and np.abs(times - t).min() > 6e-4:
+        assert frame_at(t, video) == max(i for i, x in enumerate(times) if x <= t)
+
+
+def test_a_picture_that_starts_late():
+    video = VideoInfo(100, 25.0, 160, 120, times=0.5 + np.arange(100) / 25)
+    assert video.end == 4.5 and video.constant
+    assert wanted_frames(video, segment(start=1.02, stop=2.0)).tolist() == list(range(13, 38))
+    assert wanted_frames(video, segment(start=0.1, stop=0.3)).tolist() == [0]  # as close to it as rounded times are
+    late = VideoInfo(100, 25.0, 160, 120, times=3 + np.arange(100) / 25)
+    with pytest.raises(DataError, match="from 3.00 to 7.00 s"): wanted_frames(late, segment(start=0.1, stop=0.9))
