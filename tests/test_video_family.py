@@ -112,6 +112,8 @@ def shown_by_ffmpeg(path: Path) -> tuple[np.ndarray, np.ndarray]:  # (N,) second
     images = np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3)
     assert len(images) == len(stamps)
     times = np.array([stamp[0] for stamp in stamps])
+    back = np.r_[0, np.flatnonzero(np.diff(times) < 0) + 1][-1]  # times before zero, which Matroska cannot say and FFmpeg makes up
+    times, images = times[back:], images[back:]
     last = np.r_[np.diff(times) > 0, True]
     return times[last], images[last]
 

@@ -169,8 +169,10 @@ def _stamps(path: str, size: int, changed: int) -> _Stamps:
                     listed += packet.size
                     if listed > 4 * size + 1_000_000 or len(shown) > MOST_FRAMES:
                         raise VideoError(path, f"its index lists more frames than its {size:,} bytes can hold; the file is damaged, or made to mislead")
+                    if packet.pts is None and not keys:  # Matroska cannot say times before zero; such frames are not shown
+                        continue
                     if packet.pts is None:
-                        raise VideoError(path, "its frames have no time stamps; convert it to MP4")
+                        raise VideoError(path, "some of its frames have no time stamps; convert it to MP4")
                     if packet.is_keyframe:
                         keys.append(packet.pts)
                     if not packet.is_discard:
@@ -184,7 +186,7 @@ def _stamps(path: str, size: int, changed: int) -> _Stamps:
             begin = None
         length = min((container.duration or 0) / av.time_base, LONGEST)
     if not shown or not keys:
-        raise VideoError(path, f"not one frame could be found{broken}")
+        raise VideoError(path, f"not one frame with a time stamp could be found{broken}" + "; convert it to MP4" * (not broken))
     if (max(shown) - min(shown)) * unit > LONGEST:
         raise VideoError(path, f"its first and its last frame are {(max(shown) - min(shown)) * unit:,.0f} seconds apart; its time stamps are damaged")
     order = np.unique(np.array(shown))
