@@ -23,7 +23,7 @@ SNAKEMAKE = snakemake --nolock --cores $(CORES) $(if $(DRY),--dry-run) $(if $(fi
 env: $(READY)
 
 $(READY): requirements.lock pyproject.toml
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v < (3, 14) else f"xmic needs Python 3.10 to 3.13, this is {v[0]}.{v[1]}: make env PYTHON=python3.11")'
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 15) else f"xmic needs Python 3.11 to 3.14, this is {v[0]}.{v[1]}: make env PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(UV) pip install --quiet -r requirements.lock
@@ -49,7 +49,7 @@ docs: env
 	@echo "The site: _docs/html/index.html"
 
 lock: $(BIN)/python
-	$(UV) pip compile --quiet --universal --python-version 3.10 --upgrade --extra dev pyproject.toml -o requirements.lock
+	$(UV) pip compile --quiet --universal --python-version 3.11 --upgrade --extra dev pyproject.toml -o requirements.lock
 
 # Runs the library notebooks, so that their figures can be seen without running them.
 notebooks: env

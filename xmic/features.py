@@ -35,7 +35,7 @@ from .clips import Clip, ClipTask, Failed, Frames, Pixels, clip_pixels
 from .distributed import deal_videos
 from .encoders import Encoder, create_encoder
 from .files import DataError, brief, data_folder, features_folder, from_root, one_at_a_time, parse_json, progress_bar, read_json, \
-    remove_leftovers, whole_file, writable, write_json
+    remove_leftovers, sync_folder, whole_file, writable, write_json
 from .hands import HandBoxes
 from .segments import read_segments
 from .towers import device_squares, without_waiting
@@ -281,6 +281,9 @@ class FailureLog:
                     file.seek(max(0, end - 1))
                     torn = b"\n" if end and file.read() != b"\n" else b""
                     file.write(torn + b"".join(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in new))
+                    file.flush()
+                    os.fsync(file.fileno())
+                sync_folder(self.path.parent)
 
     def tidy(self) -> int:  # lines that were dropped because they are damaged
         "Writes the lines anew, sorted by segment and each once, where they are not."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['brief', 'DataError', 'project_root', 'from_root', 'data_folder', 'features_folder', 'cache_folder', 'writable',
-           'one_at_a_time', 'remove_leftovers', 'whole_file', 'write_json', 'parse_json', 'read_json', 'read_text',
-           'read_table', 'check_pickle', 'check_archive', 'did_you_mean', 'settings', 'notebook_settings',
-           'progress_bar', 'is_code', 'code_name', 'code_file', 'code_sha256', 'load_code']
+           'locked', 'one_at_a_time', 'remove_leftovers', 'sync_folder', 'whole_file', 'write_json', 'parse_json',
+           'read_json', 'read_text', 'read_table', 'check_pickle', 'check_archive', 'did_you_mean', 'settings',
+           'notebook_settings', 'progress_bar', 'is_code', 'code_name', 'code_file', 'code_sha256', 'load_code']
 
 # %% ../nbs/00_files.ipynb #951bf47b
 import difflib
@@ -21,7 +21,7 @@ import secrets
 import shutil
 import sys
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
 from functools import cache
 from importlib.util import find_spec
@@ -31,12 +31,8 @@ from typing import Any, Callable, Iterable, Iterator, get_args, get_origin, get_
 from zipfile import ZIP_STORED, ZipFile
 
 import pandas as pd
+from filelock import FileLock
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 # %% ../nbs/00_files.ipynb #75250b64
 def brief(
@@ -124,7 +120,7 @@ def writable(
 def _refusal(error: Exception, path: Path, part: Path | None) -> int | None:  # an error number
     "Why the file system refuses to write a file, if that is what `error` comes from."
     if isinstance(error, OSError):
-        own = error.filename is None or Path(os.fsdecode(error.filename)) in (part, path, *path.parents)
+        own = error.filename is None or Path(os.fsdecode(error.filename)) in (part, _lock_of(part or path), path, *path.parents)
         return error.errno if own and error.errno in _REFUSALS else None
     if named := re.search(r"\(os error (\d+)\)", str(error)):
         return int(named[1])
@@ -139,59 +135,93 @@ def _refusal(error: Exception, path: Path, part: Path | None) -> int | None:  # 
     return None
 
 # %% ../nbs/00_files.ipynb #e6cdd920
+def _lock_of(part: Path) -> Path:
+    return Path(f"{part}.lock")
+
+
+def _lock(path: Path) -> FileLock:
+    return FileLock(path, poll_interval=0.01, fallback_to_soft=False)  # a soft lock would outlive a killed process
+
+
 @contextmanager
-def _locked(path: Path, mode: str) -> Iterator[None]:
-    if fcntl is None:
+def locked(
+    path: str | Path,  # an empty file for the lock alone; made where it is missing
+) -> Iterator[None]:
+    "Waits until no other process, on this machine or another, holds this lock. Goes on without it where the file system has no locks."
+    lock = _lock(Path(path))
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno in _REFUSALS: raise
+    try:
         yield
-        return
-    with open(path, mode) as file:
-        with suppress(OSError): fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
 def one_at_a_time(
     folder: str | Path,  # whose files are read, changed and written back
 ) -> Iterator[None]:
-    "Waits until no other process, on this machine or another, is in this block for the same folder. `DataError` if it cannot be written to."
+    "Waits until no other process is in this block for the same folder, as `locked` does. `DataError` if it cannot be written to."
     lock = Path(folder) / ".lock"
-    with writable(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        lock.touch()
-    with _locked(lock, "ab"):
+    with ExitStack() as held:
+        with writable(lock):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(lock))
         yield
 
-
+# %% ../nbs/00_files.ipynb #b7d0c6e2
 def remove_leftovers(
     folder: str | Path,
-) -> list[Path]:  # what was removed
-    "Removes the temporary files of writers that were killed. Those that are being written stay."
+) -> list[Path]:  # the temporary files that were removed
+    "Removes the temporary files of writers that were killed, and their locks. Those that are being written stay."
     removed = []
-    for part in sorted(Path(folder).glob(".*.part")) if fcntl else []:
-        with suppress(OSError), open(part, "rb+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            part.unlink()
-            removed.append(part)
+    for part in sorted({p.with_name(p.name.removesuffix(".lock")) for p in Path(folder).glob(".*.part*")}):
+        with suppress(OSError), _lock(_lock_of(part)).acquire(blocking=False):
+            if part.exists():
+                part.unlink()
+                removed.append(part)
+            with suppress(PermissionError): _lock_of(part).unlink()  # on Windows it goes when the lock is released
     return removed
 
 # %% ../nbs/00_files.ipynb #3949cd19
+def sync_folder(
+    folder: str | Path,
+) -> None:
+    "Forces the names in a folder to disk, where the platform can: Windows cannot, and does not need to."
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try: os.fsync(handle)
+        finally: os.close(handle)
+
+
+def _make_folder(folder: Path) -> None:
+    "Makes a folder and those above it, so that they survive a power cut."
+    new = [f for f in (folder, *folder.parents) if not f.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in new: sync_folder(made.parent)
+
+
 @contextmanager
 def whole_file(
     path: str | Path,  # the final name
 ) -> Iterator[Path]:
     "Gives a temporary path to write to; on success it becomes `path` in one step, on failure it is removed. `DataError` if it cannot be written."
     path = Path(path)
-    part = path.with_name(f".{path.name[:200]}.{os.getpid()}-{secrets.token_hex(3)}.part")
+    part = path.with_name(f".{path.name[:50]}.{os.getpid()}-{secrets.token_hex(3)}.part")
     try:
         with writable(path, part):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(part, "wb"):
+            _make_folder(path.parent)
+            with locked(_lock_of(part)):
                 yield part
                 with open(part, "rb+") as f:
                     os.fsync(f.fileno())
                 os.replace(part, path)
+                sync_folder(path.parent)
     finally:
-        with suppress(OSError): part.unlink(missing_ok=True)
+        for left in (part, _lock_of(part)):
+            with suppress(OSError): left.unlink(missing_ok=True)
 
 # %% ../nbs/00_files.ipynb #cffd5022
 def write_json(

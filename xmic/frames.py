@@ -31,7 +31,8 @@ from .clips import Clip, ClipTask, Failed, Pixels, clip_pixels
 from .distributed import deal_videos
 from .encoders import create_encoder
 from .features import ExtractConfig, ExtractReport, FailureLog, Timed, file_size, hand_boxes, resize_policy, shard_name
-from .files import DataError, brief, data_folder, features_folder, parse_json, progress_bar, read_json, whole_file, write_json
+from xmic.files import DataError, brief, data_folder, features_folder, parse_json, progress_bar, read_json, remove_leftovers, whole_file, \
+    write_json
 from .hands import HandBoxes
 from .pixels import Preprocess
 from .segments import read_segments
@@ -227,8 +228,7 @@ def _open_folder(folder: Path, manifest: dict) -> FrameStore:
     if other := [k for k in manifest if store.manifest.get(k) != manifest[k]]:
         raise DataError(f"{folder} was made with other settings ({'; '.join(f'{k}: {store.manifest.get(k)}, now {manifest[k]}' for k in other)}): "
                         f"choose another features_root, or delete that folder")
-    for part in folder.glob(".*.part"):  # left by a run that was killed
-        if time.time() - part.stat().st_mtime > 3600: part.unlink(missing_ok=True)
+    remove_leftovers(folder)
     return store
 
 # %% ../nbs/21_frames.ipynb #196a68f3

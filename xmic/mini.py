@@ -8,7 +8,6 @@ __all__ = ['EPIC_VERBS', 'EGO4D_VERBS', 'EGTEA_VERBS', 'USUAL', 'LISTS', 'SIZES'
 
 # %% ../nbs/32_mini.ipynb #3b9d91ad
 import csv
-import fcntl
 import math
 import os
 import pickle
@@ -26,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from .classes import clean_ego4d, clean_egtea, clean_epic
-from .files import DataError, from_root, progress_bar, read_json, whole_file, write_json
+from .files import DataError, from_root, one_at_a_time, progress_bar, read_json, remove_leftovers, whole_file, write_json
 from .hands import Detections, Hand, HandBoxes, Object, union_box
 from .scenes import FIXED, LOOKS, Action, Footage, Truth
 from .segments import epic_frame_rate, head_classes
@@ -426,16 +425,14 @@ def build(
     if _same_world(root, wanted) and not lacking():
         _list_epic(root / "epic", [reel for reel in reels if reel.dataset == "epic"])  # worlds of before have no such lists
         return root
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second build waits for the first
+    with one_at_a_time(root):  # a second build waits for the first
         todo = lacking()
         if _same_world(root, wanted) and not todo:
             return root
         write_json(root / ".building.json", wanted)
         for dataset in LISTS:
-            for part in (root / dataset).rglob(".*.part"):
-                part.unlink()
+            for folder in {part.parent for part in (root / dataset).rglob(".*.part*")}:
+                remove_leftovers(folder)
         clips, left = (sum(len(reel.actions) for reel in some) for some in (reels, todo))
         with DecodePool((os.cpu_count() or 2) if workers is None else workers, timeout=600) as pool, \
                 progress_bar(clips, "clip", clips - left, "mini world", progress) as bar:

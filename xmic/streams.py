@@ -11,6 +11,7 @@ import os
 import queue
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Iterable, Iterator, Sequence, TypeVar
 
 import numpy as np
@@ -103,10 +104,10 @@ def free_bytes(
     "Memory that features may take: 60 % of what is free on the device."
     if device.type == "cuda":
         return int(0.6 * torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = dict(line.split(":") for line in open("/proc/meminfo"))
+    try:  # on Linux
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
         return int(0.6 * 1024 * int(lines["MemAvailable"].split()[0]))
-    except OSError:
+    except (OSError, KeyError, ValueError):
         return int(0.3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if hasattr(os, "sysconf") else 2 << 30
 
 # %% ../nbs/15_streams.ipynb #3eaf60d9

@@ -24,7 +24,7 @@ from .classes import ClassSet
 from .files import DataError, brief, whole_file
 from .hands import HandBoxes, HandDetector
 from .recognizer import Recognition, Recognizer
-from .video import VideoError, frame_times, iter_frames, probe
+from .video import LENIENT, VideoError, frame_times, iter_frames, probe
 
 # %% ../nbs/29_timeline.ipynb #d812fb43
 @dataclass
@@ -228,7 +228,7 @@ def open_stream(
     fps: float | None = None,  # frames per second; None: what the stream says
 ) -> Iterator[tuple[float, Iterator[np.ndarray]]]:  # frames per second, and frames (H, W, 3) uint8
     "Frames as they come. `VideoError` if it cannot be opened or says no rate; frames that cannot be decoded end the stream with that error."
-    options: dict[str, Any] = dict(format="v4l2") if source.startswith("/dev/video") else {}
+    options = LENIENT | (dict(format="v4l2") if source.startswith("/dev/video") else {})
     try:
         container = av.open(sys.stdin.buffer if source == "-" else source, **options)
     except (av.error.FFmpegError, OSError, ValueError) as e:

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import time
 import warnings
@@ -51,6 +50,11 @@ from .segments import central_window, own_dataset, read_classes, read_segments
 from .streams import Batch, Streams, sample_rows, shift_twice
 from .text import TextTower
 from .vita import VitaCLIP
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 # %% ../nbs/23_training.ipynb #6c677874
 RECIPES: dict[str, dict[str, Any]] = {
@@ -848,7 +852,7 @@ def provenance(
     device: torch.device,
 ) -> dict:
     "Versions, commit and hardware."
-    git = lambda *args: subprocess.run(["git", "-C", str(project_root()), *args], capture_output=True, text=True).stdout.strip()
+    git = lambda *args: subprocess.run(["git", "-C", str(project_root()), *args], capture_output=True, encoding="utf-8", errors="replace").stdout.strip()
     try:
         commit = git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except OSError:
@@ -868,9 +872,11 @@ def pick_device(
 def peak_memory(
     device: torch.device,
 ) -> dict:
-    "Peak memory of this process and of the device, in MiB."
-    unit = 2**20 if platform.system() == "Darwin" else 2**10
-    peak = dict(process_mib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit))
+    "Peak memory of this process and of the device, in MiB. Windows does not tell that of the process."
+    peak = {}
+    if resource is not None:
+        unit = 2**20 if platform.system() == "Darwin" else 2**10
+        peak["process_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
     if device.type == "cuda":
         peak["device_mib"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
     return peak
