@@ -1,4 +1,4 @@
-# make env | test | lab | reproduce | docs | lock | notebooks | readme | clean. Needs python3, make and git; everything else is installed into .venv.
+# make env | test | smoke | lab | reproduce | docs | lock | notebooks | readme | clean. Needs python3, make and git; everything else is installed into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +18,7 @@ GPUS ?= 1
 SNAKEMAKE = snakemake --nolock --cores $(CORES) $(if $(DRY),--dry-run) $(if $(filter paper,$(PROFILE)),--resources gpu=$(GPUS)) \
 	--config profile='$(PROFILE)' size='$(SIZE)' seeds='$(SEEDS)' tables='$(TABLES)' data='$(DATA)'
 
-.PHONY: env test lab reproduce docs lock notebooks readme clean
+.PHONY: env test smoke lab reproduce docs lock notebooks readme clean
 
 env: $(READY)
 
@@ -32,6 +32,11 @@ $(READY): requirements.lock pyproject.toml
 
 test: env
 	bash tests/run
+
+# From a clip to a table with another Python, in an environment of its own that is gone afterwards: make smoke PYTHON=python3.13.
+smoke:
+	@folder=$$(mktemp -d $(CURDIR)/.smoke-XXXXXX) && trap 'rm -rf $$folder' EXIT && \
+	$(MAKE) --silent env VENV=$$folder PYTHON='$(PYTHON)' && $$folder/bin/python tests/smoke.py
 
 lab: env
 	jupyter lab nbs/explore.ipynb

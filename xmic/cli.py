@@ -6,7 +6,9 @@
 __all__ = ['app', 'main', 'seconds', 'videos', 'predict', 'check_data', 'extract', 'train', 'evaluate']
 
 # %% ../nbs/40_cli.ipynb #a17fbc8a
+import io
 import json
+import os
 import re
 import sys
 import warnings
@@ -56,8 +58,17 @@ def _root(version: bool = typer.Option(False, "--version", callback=_version, is
 
 
 def main() -> None:
-    "The command `xmic`."
+    "The command `xmic`. Whatever the locale: names of files and classes are UTF-8, and what a terminal cannot show is escaped."
+    if sys.getfilesystemencoding() == "ascii":
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="backslashreplace")
     app()
+
+
+def _json(value: Any) -> str:
+    "A line of JSON, in plain ASCII where the output is not UTF-8."
+    return json.dumps(value, ensure_ascii=sys.stdout.encoding.lower().replace("-", "") != "utf8")
 
 # %% ../nbs/40_cli.ipynb #6bbc6ea0
 _UNITS = {"": 1.0, "s": 1.0, "ms": 0.001, "m": 60.0, "min": 60.0, "h": 3600.0}
@@ -242,7 +253,7 @@ def predict(
             for answer in _answers(recognizer, one, ask | extra, length, begin, end, fps):
                 if page or annotated: line.answers.append(answer)
                 if json_lines:
-                    typer.echo(json.dumps(dict(video=one, **answer.as_dict()), ensure_ascii=False))
+                    typer.echo(_json(dict(video=one, **answer.as_dict())))
                     continue
                 if answer.notes != seen: typer.echo("\n".join([f"{one}" if not seen else "", *(f"  {note}" for note in answer.notes)]).strip("\n"))
                 typer.echo(_rows(answer, not seen))
@@ -278,7 +289,7 @@ def check_data(
     "What is there of a dataset, what is missing, and which tables that affects."
     from xmic.checks import check_data
     check = check_data(dataset, path, thorough, encoder, fps, features, boxes, data, workers=workers, backend=backend)
-    typer.echo(json.dumps(check.as_dict(), ensure_ascii=False) if as_json else check)
+    typer.echo(_json(check.as_dict()) if as_json else check)
     if not check.ok: raise typer.Exit(1)
 
 # %% ../nbs/40_cli.ipynb #ffb13cf9

@@ -380,7 +380,7 @@ def fetch_weights(
         if isinstance(cached, str): return Path(cached)
     address = f"https://huggingface.co/{repo} (file {' or '.join(files)})" if repo else config["url"]
     try:
-        if HF_HUB_OFFLINE and not repo and not Path("~/.cache/clip", os.path.basename(address)).expanduser().is_file(): raise OfflineModeIsEnabled
+        if HF_HUB_OFFLINE and not repo and not os.path.isfile(os.path.expanduser(f"~/.cache/clip/{os.path.basename(address)}")): raise OfflineModeIsEnabled
         if repo: get_session().head(huggingface_hub.hf_hub_url(repo, files[0]), timeout=timeout)
         return Path(download())
     except Exception as e:

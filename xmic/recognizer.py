@@ -31,7 +31,7 @@ from .classes import ClassSet
 from .clips import READ_AT_ONCE, wanted_frames
 from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts
 from .features import resize_policy
-from .files import DataError, brief, cache_folder, code_name, from_root, read_json, read_text, settings, whole_file, write_json
+from .files import DataError, brief, cache_folder, code_name, expand, from_root, read_json, read_text, settings, whole_file, write_json
 from .hands import Box, HandBoxes, HandDetector, on_frame
 from .streams import Batch
 from .training import PIXELS, TrainConfig, build_method, load_trained, reads_context, resolve_saved, text_tower
@@ -279,7 +279,7 @@ def _local(
     folder: str | Path,  # or an id on the Hub, "owner/name"
 ) -> Path:
     "The folder on this machine; `DataError` where there is none and none can be fetched."
-    for place in (Path(folder).expanduser(), from_root(folder)):
+    for place in (expand(folder), from_root(folder)):
         if place.is_dir(): return place
     if not isinstance(folder, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", folder):
         raise DataError(f"{folder}: no such folder; give the folder of a finished run or of a saved recognizer, or a model's id on the Hub (owner/name)")

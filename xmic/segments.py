@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from .classes import ClassSet
-from .files import DataError, brief, code_file, did_you_mean, is_code, load_code, read_json, read_table, read_text
+from .files import DataError, brief, code_file, did_you_mean, expand, is_code, load_code, read_json, read_table, read_text
 
 # %% ../nbs/03_segments.ipynb #5936808c
 COLUMNS = ["segment_id", "video_id", "video_path", "start_sec", "stop_sec", "start_frame", "stop_frame",
@@ -94,7 +94,7 @@ def _checked(
 
 # %% ../nbs/03_segments.ipynb #51134a1c
 def _root(root: str | Path) -> Path:
-    root = Path(root).expanduser().absolute()
+    root = expand(root).absolute()
     if not root.exists():
         raise DataError(f"{root}: no such file or folder")
     return root

@@ -57,7 +57,7 @@ class Timeline:
                ) -> None:
         "Writes one page that needs no other file, for light and dark screens."
         with whole_file(path) as part:
-            part.write_text(_page(self), encoding="utf-8")
+            part.write_text(_page(self), encoding="utf-8", errors="xmlcharrefreplace")
 
     def annotate(self,
                  path: str | Path,  # .mp4

@@ -254,6 +254,7 @@ def _decord() -> Any:  # a module
         return None
     if multiprocessing.parent_process() is None and find_spec("torch"):
         import torch
+    os.environ.setdefault("PATH", os.defpath)  # decord adds to it
     import decord
     return decord
 
