@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from world import contents, extract_config as config, kill_and_resume, register_tiny, write_world
 from xmic.encoders import create_encoder
-from xmic.features import (FeatureStore, StoredView, extract, extract_dataset, hand_boxes, read_shard,
+from xmic.features import (FailureLog, FeatureStore, StoredView, extract, extract_dataset, hand_boxes, read_shard,
                            shard_name, write_shard)
 from xmic.files import DataError, write_json
 from xmic.segments import read_csv
@@ -342,6 +342,13 @@ def test_a_file_that_is_being_written_is_no_leftover(store):
     with whole_file(store.root / "full" / "d.safetensors") as part:
         part.write_bytes(b"begun")
         assert store.repair().empty and part.exists()
+
+
+def test_a_failure_that_was_noted_is_on_disk(tmp_path, monkeypatch):
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino))
+    FailureLog(tmp_path / "failures.jsonl").add({"a": dict(segment_id="a", cause="cut short")})
+    assert synced == [(tmp_path / "failures.jsonl").stat().st_ino, tmp_path.stat().st_ino]
 
 
 def test_shards_from_before_there_was_a_second_checksum_are_read(store):

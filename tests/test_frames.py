@@ -19,7 +19,7 @@ from safetensors import safe_open
 from world import NOUNS, contents, extract_config, register_tiny, write_world
 from xmic.encoders import create_encoder, embed_classes
 from xmic.features import extract_dataset, hand_boxes
-from xmic.files import DataError
+from xmic.files import DataError, whole_file
 from xmic.frames import (FrameShard, FrameStore, PixelStreams, ShardWriter, crop_clip, frames_folder, random_crops, store_dataset,
                          store_frames)
 from xmic.pixels import Preprocess
@@ -180,13 +180,16 @@ print(met)
     assert contents(tmp_path / "whole") == contents(tmp_path / "killed") != {}
 
 
-def test_what_a_killed_run_left_is_removed_after_an_hour(world, tmp_path):
+def test_what_a_killed_run_left_is_removed_and_what_is_being_written_stays(world, tmp_path):
     store, _ = store_dataset(config(world, tmp_path))
-    old, new = (store.folder / f".v9.safetensors.{pid}.part" for pid in (1, 2))
-    for part in (old, new): part.write_bytes(b"0")
-    os.utime(old, (time.time() - 4000,) * 2)
-    store_dataset(config(world, tmp_path))
-    assert not old.exists() and new.exists()
+    left = store.folder / ".v9.safetensors.1.part"
+    left.write_bytes(b"0")
+    with whole_file(store.folder / "v8.safetensors") as part:
+        part.write_bytes(b"0")
+        os.utime(part, (time.time() - 4000,) * 2)
+        store_dataset(config(world, tmp_path))
+        assert not left.exists() and part.exists()
+        part.write_bytes(store.shards[0].path.read_bytes())
 
 
 @pytest.mark.parametrize("damage, message", [

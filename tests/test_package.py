@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,11 +13,6 @@ from pathlib import Path
 import pytest
 
 from world import CONFIG, TINY, write_world
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -97,6 +93,14 @@ assert all(len(printed(table)) for table in (*range(1, 8), "poster"))
 """
     done = outside(tmp_path, installed, code)
     assert done.returncode == 0 and done.stdout.strip() == "False", done.stderr
+
+
+def test_an_empty_folder_of_the_same_name_does_not_hide_the_package(tmp_path):
+    "As in the folder above a clone, with the package installed as `make env` does."
+    (tmp_path / "xmic").mkdir()
+    plain = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", "import xmic; print(xmic.__file__, xmic.__version__)"], capture_output=True, text=True, cwd=tmp_path, env=plain)
+    assert done.returncode == 0 and done.stdout.split()[0].endswith("__init__.py"), done.stderr
 
 
 @pytest.mark.slow

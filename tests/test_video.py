@@ -264,6 +264,19 @@ def test_what_is_no_video_is_refused(tmp_path, backend, name):
         assert str(e.value).startswith(str(path)) and len(e.value.cause) > 10
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_a_title_that_is_not_utf8_does_not_matter(tmp_path, suffix):
+    from xmic.timeline import open_stream
+    plain = write_video(tmp_path / f"a{suffix}", frames=20, title="Kueche of P01")
+    content = plain.read_bytes()
+    assert b"Kueche of P01" in content
+    path = tmp_path / f"b{suffix}"
+    path.write_bytes(content.replace(b"Kueche of P01", b"K\xfcche \xff\xfe P01"))
+    assert probe(path) == probe(plain)
+    assert numbers_of(read_frames(path, [0, 7, 19], "pyav")) == [0, 7, 19]
+    with open_stream(str(path)) as (_, frames): assert numbers_of(np.stack(list(frames))) == list(range(20))
+
+
 @both
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 @pytest.mark.parametrize("share", [0.3, 0.7, 0.97])

@@ -53,6 +53,7 @@ def write_video(
     faststart: bool = True,  # the index in front, so that a file that is cut short still opens
     open_gop: bool = False,  # pictures may refer to the keyframe behind them
     color: int | None = None,  # colour matrix written into the stream, 1 = BT.709
+    title: str = "",  # in the metadata of the file
 ) -> Path:
     "Writes a video without sound and gives its path."
     path = Path(path)
@@ -63,6 +64,7 @@ def write_video(
                "libx265": {"preset": "veryfast", "x265-params": f"{x26}:log-level=error"}}.get(codec, {})
     movflags = {"movflags": "faststart"} if faststart and path.suffix == ".mp4" else {}
     with av.open(str(path), "w", options=movflags) as container:
+        if title: container.metadata["title"] = title
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options={**options, "g": str(gop)})
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         stream.codec_context.gop_size = gop
