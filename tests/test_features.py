@@ -1,5 +1,6 @@
 """The feature store and extraction: shards whole, resumable to the byte, faults written down, settings never mixed."""
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path

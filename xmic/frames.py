@@ -362,8 +362,8 @@ def random_crops(
     shape = np.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3), (n, 10)))
     place, mirrored = rng.random((n, 2)), rng.random(n) < 0.5
     size = np.stack([np.sqrt(area / shape), np.sqrt(area * shape)], -1).round().astype(int).clip(1)  # (n, 10, 2) height, width
-    fits = (size <= side).all(-1)
-    size = np.where(fits.any(-1)[:, None], size[np.arange(n), fits.argmax(-1)], side)  # the first of ten that fits
+    fits = np.all(size <= side, -1)
+    size = np.where(fits.any(-1, keepdims=True), size[np.arange(n), fits.argmax(-1)], side)  # the first of ten that fits
     if scale >= 1: size[:] = side
     return np.concatenate([(place * (side - size + 1)).astype(int), size, (mirrored & flip)[:, None]], -1)
 

@@ -201,7 +201,7 @@ def _annotate(line: Timeline, path: str | Path, backend: str) -> None:
     shown = np.flatnonzero((times >= line.answers[0].start - 1e-6) & (times < line.answers[-1].stop))
     owner = np.searchsorted([a.stop for a in line.answers], times[shown], "right").clip(max=len(line.answers) - 1)
     with whole_file(path) as part, av.open(str(part), "w", format="mp4", options=dict(movflags="faststart")) as container:
-        stream = container.add_stream(_codec(), rate=Fraction(info.fps).limit_denominator(1001))
+        stream: Any = container.add_stream(_codec(), rate=Fraction(info.fps).limit_denominator(1001))
         stream.pix_fmt, done = "yuv420p", 0
         stream.codec_context.time_base = Fraction(1, 60_000)
         for numbers, images in iter_frames(line.video, shown, 16, backend):

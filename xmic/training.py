@@ -54,7 +54,7 @@ from .vita import VitaCLIP
 try:
     import resource
 except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
+    resource = None
 
 # %% ../nbs/23_training.ipynb #6c677874
 RECIPES: dict[str, dict[str, Any]] = {
