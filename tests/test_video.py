@@ -267,7 +267,7 @@ def test_what_is_no_video_is_refused(tmp_path, backend, name):
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
 def test_a_title_that_is_not_utf8_does_not_matter(tmp_path, suffix):
     from xmic.timeline import open_stream
-    plain = write_video(tmp_path / f"a{suffix}", frames=20, title="Kueche of P01")
+    plain = write_video(tmp_path / f"a{suffix}", frames=20, b_frames=0, title="Kueche of P01")
     content = plain.read_bytes()
     assert b"Kueche of P01" in content
     path = tmp_path / f"b{suffix}"
