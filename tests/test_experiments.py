@@ -152,13 +152,13 @@ def test_the_paper_profile_plans_every_job_on_the_real_annotation_files(shared_d
 def test_generated_features_go_through_every_method_at_the_real_class_counts(shared_data, tmp_path):
     done = make(tmp_path, shared_data, 48, 40, "3")
     assert done.returncode == 0, done.stderr[-3000:]
-    table = pd.read_csv(tmp_path / "report/table3.csv")
+    table = pd.read_csv(tmp_path / "data/report/table3.csv")
     assert (table.seeds == 1).all() and set(table.verdict) <= {"inside", "outside"} and (table.note == NOTE).all()
     assert {(c.kind, c.column): round(100 / c.chance) for c in table[table.chance.notna()].itertuples()} == {
         ("noun", "ego4d"): 521, ("verb", "ego4d"): 117, ("noun", "egtea"): 53, ("verb", "egtea"): 19}
     zero_shot = table[(table.method == "ZS CLIP") & table.chance.notna()]
     assert zero_shot["mean"].sum() > 2 * zero_shot.chance.sum()  # labels and features of a segment belong together
-    assert NOTE in (tmp_path / "report/index.html").read_text(encoding="utf-8")
+    assert NOTE in (tmp_path / "data/report/index.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

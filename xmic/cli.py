@@ -106,14 +106,15 @@ def videos(
     return found
 
 # %% ../nbs/40_cli.ipynb #b840bb85
-def _recognizer(models: list[str], encoder: Optional[str], weights: Optional[str], device: Optional[str]) -> "Recognizer":
+def _recognizer(models: list[str], encoder: Optional[str], weights: Optional[str], device: Optional[str],
+                trust_code: bool = False) -> "Recognizer":
     from xmic.files import DataError
     from xmic.recognizer import Recognizer
     if bool(models) == bool(encoder):
         raise DataError("give --model, a folder or an id on the Hub, or --encoder, a CLIP that recognises zero-shot, such as ViT-B-16-quickgelu" +
                         "; a model brings its own encoder, so not both" * bool(models))
     if encoder: return Recognizer.zero_shot(encoder, weights, device)
-    return Recognizer.from_pretrained(models, device, weights)
+    return Recognizer.from_pretrained(models, device, weights, trust_code)
 
 
 def _boxes(given: Optional[str], gap: int, detector: Optional[str], model: Optional[str]) -> Any:
@@ -218,6 +219,7 @@ def predict(
     fps: Optional[float] = typer.Option(None, min=0.1, metavar="NUMBER", help="Frames per second of a stream that does not say."),
     backend: str = typer.Option("decord", metavar="NAME", help="What reads files: decord or pyav."),
     device: Optional[str] = typer.Option(None, metavar="NAME", help="cpu or cuda; without it a GPU where there is one."),
+    trust_code: bool = typer.Option(False, "--trust-code", help="Run the code that the model's folder names. Read it first: without this, it is shown."),
 ) -> None:
     "Recognise verbs, nouns and actions along videos or streams."
     from xmic.files import DataError
@@ -228,7 +230,7 @@ def predict(
     if ask["nouns"] is None and ask["verbs"] is None:
         raise DataError("say what to recognise: --nouns, --verbs, or both")
     ask["boxes"] = _boxes(boxes, boxes_gap, detector, detector_model)
-    recognizer = _recognizer(model, encoder, weights, device)
+    recognizer = _recognizer(model, encoder, weights, device, trust_code)
     from xmic.timeline import Timeline, is_stream
     failed = 0
     for one in given:
@@ -318,9 +320,13 @@ def train(pairs: Optional[list[str]] = _PAIRS) -> None:
 
 
 @app.command()
-def evaluate(pairs: Optional[list[str]] = _PAIRS) -> None:
+def evaluate(
+    pairs: Optional[list[str]] = _PAIRS,
+    trust_code: bool = typer.Option(False, "--trust-code", help="Run the code that the run's folder names. Read it first: without this, it is shown."),
+) -> None:
     "A finished run on other datasets or with another prompt."
     from xmic.files import settings
     from xmic.training import EvaluateConfig, evaluate_run
-    result = evaluate_run(settings(EvaluateConfig, _settings(pairs or [])))
+    given = _settings(pairs or [])
+    result = evaluate_run(settings(EvaluateConfig, given | ({"trust_code": True} if trust_code else {})))
     typer.echo(f"{result.folder}\n{result.table.round(1).to_string(index=False)}")

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'STORAGES', 'OPENAI_SCALARS', 'OWN', 'DINOV2_SIZES', 'DINOV2_NAMES', 'POSITION_INTERPOLATIONS',
            'activations', 'hash_weights', 'Encoder', 'read_weights', 'load_weights', 'check_activation',
-           'fetch_weights', 'build_model', 'fill_token_table', 'timm_name', 'has_text', 'set_image_size', 'from_dinov2',
-           'OwnEncoder', 'ClipEncoder', 'create_encoder', 'ClassEmbeddings', 'embed_classes', 'embed_prompts']
+           'fetch_weights', 'build_model', 'fill_token_table', 'timm_name', 'has_text', 'feature_width',
+           'set_image_size', 'from_dinov2', 'OwnEncoder', 'ClipEncoder', 'create_encoder', 'ClassEmbeddings',
+           'embed_classes', 'embed_prompts']
 
 # %% ../nbs/11_encoders.ipynb #b9c050fb
 import hashlib
@@ -556,6 +557,17 @@ def has_text(
         return "architecture" not in own
     return name in open_clip.list_models() or not timm.is_model(timm_name(name)[0])
 
+
+def feature_width(
+    name: str,  # as `create_encoder` takes it
+) -> int | None:  # None where only the built encoder says it
+    "The width of an encoder's features, by its name alone."
+    name = name.replace("/", "-")
+    own = {} if is_code(name) else _own_model(name)[0]
+    config: Any = own or (open_clip.get_model_config(name) if name in open_clip.list_models() else {})
+    size = LaViLaConfig(**own["lavila"]) if "lavila" in own else SIZES.get(name)
+    return size.dim if size else config.get("embed_dim")
+
 # %% ../nbs/11_encoders.ipynb #ae379963
 POSITION_INTERPOLATIONS = ("timm", "hub")
 
@@ -814,7 +826,7 @@ def create_encoder(
     if not has_text(name):
         return _timm_encoder(name, own, weights, device, resize, precision, position_interpolation)
     if name not in open_clip.list_models():
-        raise DataError(f"open_clip knows no model {name!r}" + (did_you_mean(name, [*open_clip.list_models(), *DINOV2_NAMES, *SIZES])
+        raise DataError(f"open_clip knows no model {brief(repr(name))}" + (did_you_mean(name, [*open_clip.list_models(), *DINOV2_NAMES, *SIZES])
                                                                 or "; open_clip.list_models() lists those it knows"))
 
     chosen = _which_weights(name, weights, open_clip.list_pretrained_tags_by_model(name), "openai")

@@ -7,7 +7,7 @@ __all__ = ['PLAIN', 'brief', 'DataError', 'project_root', 'from_root', 'data_fol
            'writable', 'one_at_a_time', 'remove_leftovers', 'whole_file', 'write_json', 'parse_json', 'read_json',
            'read_text', 'read_table', 'Named', 'Foreign', 'PlainDict', 'plain_key', 'plain_dict', 'from_table',
            'read_pickle', 'check_pickle', 'check_archive', 'did_you_mean', 'settings', 'notebook_settings',
-           'progress_bar', 'is_code', 'code_name', 'code_file', 'code_sha256', 'load_code']
+           'progress_bar', 'is_code', 'code_name', 'code_file', 'code_sha256', 'load_code', 'check_trust']
 
 # %% ../nbs/00_files.ipynb #951bf47b
 import difflib
@@ -82,7 +82,10 @@ def from_root(
     path: str | Path,  # absolute, or relative to the project's root
 ) -> Path:
     "The same file wherever the process stands."
-    return Path(os.path.normpath(project_root() / Path(path).expanduser()))
+    try:
+        return Path(os.path.normpath(project_root() / Path(path).expanduser()))
+    except RuntimeError as e:  # a home folder that there is not
+        raise DataError(f"{brief(path)}: no such place ({e})") from None
 
 # %% ../nbs/00_files.ipynb #1d2c5508
 def data_folder(
@@ -557,6 +560,18 @@ def did_you_mean(
 _YAML_TEXT = re.compile(r"[+-]?\d+[eE][+-]?\d+")  # 1e-6 is a text to YAML, and thus to papermill
 
 
+def _elements_fit(value: Any, kind: Any) -> bool:
+    "Whether a list or dict holds what its annotation says."
+    wanted = next((get_args(k) for k in (kind, *get_args(kind)) if get_origin(k) in (list, dict)), ())
+    if not isinstance(value, (list, dict)) or Any in wanted: return True
+    columns = [value] if isinstance(value, list) else [value.keys(), value.values()]
+    return all(isinstance(x, (int, float) if k is float else k) for column, k in zip(columns, wanted) for x in column)
+
+
+def _said(kind: Any) -> str:
+    return kind.__name__ if type(kind) is type else " or ".join(map(_said, get_args(kind))) if isinstance(kind, UnionType) else str(kind)
+
+
 def settings(
     cls: type,  # a dataclass
     values: dict[str, Any],  # by field name
@@ -573,8 +588,8 @@ def settings(
             value = [part.strip() for part in value.split(",") if part.strip()]
         if float in allowed and (type(value) is int and abs(value) < 2**53 or str not in allowed and isinstance(value, str) and _YAML_TEXT.fullmatch(value)):
             value = float(value)
-        if type(value) not in allowed:
-            faults.append(f"{name}={brief(repr(value))} is a {type(value).__name__}, not {' or '.join(a.__name__ for a in allowed)}")
+        if type(value) not in allowed or not _elements_fit(value, kind):
+            faults.append(f"{name}={brief(repr(value))} is a {type(value).__name__}, not {_said(kind)}")
         made[name] = value
     if faults:
         raise DataError(f"{cls.__name__}: " + "\n  ".join(faults))
@@ -692,3 +707,19 @@ def _run(path: Path, source: bytes) -> ModuleType:
         del sys.modules[module.__name__]
         raise
     return module
+
+# %% ../nbs/00_files.ipynb #b2c8d4e0
+def check_trust(
+    named: dict[str, str | Path | None],  # by where it is named, as in "config.json, method"; what names no code is passed over
+    trust_code: bool,  # whether the user has said that it may run
+) -> None:
+    "`DataError` that shows the code which a file names, unless it is trusted."
+    lines = []
+    for where, reference in named.items():
+        if match := _CODE.fullmatch(str(reference)):
+            path = from_root(match[1])
+            found = f"SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}" if path.is_file() else "there is no such file"
+            lines.append(f"{brief(where, 300)}: {match[2]} of {brief(path, 500)} ({found})")
+    if lines and not trust_code:
+        raise DataError("nothing is run because a file names it:\n  " + "\n  ".join(lines[:10]) + "\nRead this code first. If you trust it, say so: "
+                        "trust_code=True, or --trust-code with the command xmic")

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from .adapter import ZeroShot
 from .classes import ClassSet
 from .clips import READ_AT_ONCE, wanted_frames
-from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts
+from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts, feature_width
 from .features import resize_policy
 from .files import DataError, brief, cache_folder, code_name, from_root, read_json, read_text, settings, whole_file, write_json
 from .hands import Box, HandBoxes, HandDetector, on_frame
 from .streams import Batch
-from .training import PIXELS, TrainConfig, build_method, load_trained, reads_context, resolve_saved, text_tower
+from .training import PIXELS, TrainConfig, build_method, check_shapes, load_trained, reads_context, resolve_saved, text_tower
 from .video import VideoInfo, frame_indices, frame_times, iter_frames, probe
 
 # %% ../nbs/28_recognizer.ipynb #d3513df4
@@ -257,12 +257,12 @@ class SampledFrames:
 _Saved = dict[str, tuple[TrainConfig, Path]]  # "noun", "verb" -> how the adapter was trained, and its weights
 
 
-def _saved(folder: Path) -> _Saved:
+def _saved(folder: Path, trust_code: bool = False) -> _Saved:
     kept = read_json(folder / "config.json", dict)
     adapters = kept.get("adapters")
     if isinstance(adapters, dict) and adapters and set(adapters) <= {"noun", "verb"} and all(isinstance(c, dict) for c in adapters.values()):
-        return {kind: (resolve_saved(c), folder / f"{kind}.safetensors") for kind, c in adapters.items()}
-    run = resolve_saved(kept)
+        return {kind: (resolve_saved(c, folder, trust_code), folder / f"{kind}.safetensors") for kind, c in adapters.items()}
+    run = resolve_saved(kept, folder, trust_code)
     return {kind: (run, folder / "model.safetensors") for kind in (["noun", "verb"] if run.labels == "both" else [run.labels])}
 
 
@@ -273,6 +273,16 @@ def _one_encoder(folder: Path | str, saved: _Saved) -> TrainConfig:
         if len({getattr(c, name) for c in configs}) != 1:
             raise DataError(f"{folder}: its adapters were trained with different settings of {name}; load them one by one")
     return configs[0]
+
+
+def _check_widths(trained: TrainConfig, saved: _Saved) -> None:
+    "`DataError` for adapters without weights, and for encoders that they do not fit, before one is built."
+    if missing := [path for _, path in saved.values() if not path.is_file()]:
+        raise DataError(f"{missing[0]}: no such file; {missing[0].parent} is neither a finished run nor a saved recognizer")
+    dim = feature_width(trained.encoder)
+    context = feature_width(trained.context_encoder) if trained.context_encoder else dim
+    if dim and context:
+        for config, path in saved.values(): check_shapes(config, path, dim, context)
 
 # %% ../nbs/28_recognizer.ipynb #47a13ce4
 def _local(
@@ -457,24 +467,25 @@ class Recognizer:
                         folder: str | Path | Sequence[str | Path],  # of a run, or saved by `save_pretrained`, or an id on the Hub; or several of these
                         device: str | None = None,  # None: a GPU where there is one
                         weights: str | None = None,  # of the encoder, if the file named in the config lies elsewhere now
+                        trust_code: bool = False,  # run the code that these folders name: a method or an encoder of someone's own
                        ) -> "Recognizer":
         "Loads adapters and the encoder that they were trained with; of two folders, one for nouns and one for verbs. `DataError` if there are none."
         places = [_local(one) for one in ([folder] if isinstance(folder, (str, Path)) else folder)]
         saved: _Saved = {}
         metrics: dict[str, dict] = {}
         for place in places:
-            found = _saved(place)
+            found = _saved(place, trust_code)
             if twice := sorted(saved.keys() & found.keys()):
                 raise DataError(f"{place}: holds an adapter for {' and '.join(twice)}s, and so does a folder before it; give one for each")
             saved, metrics = saved | found, metrics | _measured(place, found)
         trained = _one_encoder(" and ".join(map(str, places)), saved)
+        _check_widths(trained, saved)
         encoder = create_encoder(trained.encoder, weights or trained.weights, device, clip_frames=trained.clip_frames).with_resize(trained.resize)
         context = encoder if not trained.context_encoder else create_encoder(
             trained.context_encoder, trained.context_weights, device, clip_frames=trained.context_clip_frames).with_resize(trained.resize)
         methods = {}
         for kind, (config, path) in saved.items():
-            if not path.is_file():
-                raise DataError(f"{path}: no such file; {path.parent} is neither a finished run nor a saved recognizer")
+            check_shapes(config, path, encoder.dim, context.dim)
             methods[kind] = build_method(config, encoder.dim, context.dim, float(encoder.logit_scale), text_tower(config, encoder), encoder=encoder)
             load_trained(methods[kind], path)
         return cls(encoder, methods, {kind: config for kind, (config, _) in saved.items()}, context, metrics)

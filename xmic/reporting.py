@@ -24,7 +24,7 @@ from matplotlib.patches import Rectangle
 
 from .classes import clean_ego4d, clean_egtea, clean_epic
 from .clips import wanted_frames
-from .files import DataError, from_root, read_json, whole_file
+from .files import DataError, check_trust, from_root, read_json, whole_file
 from .paper import PRINTED, harmonic_mean, over_seeds, printed
 from .segments import read_classes, read_segments
 from .video import frame_indices, probe, read_frames
@@ -89,18 +89,21 @@ def plot_segments(
     rows: int = 3,  # segments that were recognised, and as many that were not
     frames: int = 6,  # frames of each
     dataset: str | None = None,  # None: the source
+    trust_code: bool = False,  # run the reader of data that the run names, where that is code
 ) -> Figure:
     "Strips of frames of segments that were recognised (green) and that were not (red), the surest first."
     from xmic.training import dataset_root
 
     dataset = dataset or run.config.dataset
+    root = dataset_root(run.config, dataset)
+    check_trust({f"{run.folder / 'config.json'}, data of {dataset}": root}, trust_code)
     predictions = pd.read_csv(run.folder / "predictions.csv")
     predictions = predictions[predictions.dataset == dataset].sort_values("confidence", ascending=False, kind="stable")
     right = predictions[predictions.predicted == predictions.label].head(rows)
     wrong = predictions[predictions.predicted != predictions.label].head(rows)
     chosen = pd.concat([right, wrong])
-    segments = read_segments(dataset, dataset_root(run.config, dataset), "test").set_index("segment_id")
-    names = {k: read_classes(dataset, dataset_root(run.config, dataset), k).names for k in set(chosen.kind)}
+    segments = read_segments(dataset, root, "test").set_index("segment_id")
+    names = {k: read_classes(dataset, root, k).names for k in set(chosen.kind)}
     fig, axes = plt.subplots(len(chosen), 1, figsize=(1.5 * frames, 1.15 * len(chosen)), squeeze=False, constrained_layout=True)
     for row, ax in zip(chosen.itertuples(), axes[:, 0]):
         good = row.predicted == row.label

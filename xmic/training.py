@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'ALIKE', 'PUBLISHED', 'SELECTIONS', 'METHODS', 'UNTRAINED', 'CONDITIONED', 'PROMPTED', 'PIXELS', 'Log',
-           'TrainConfig', 'Backbone', 'reads_context', 'build_method', 'text_tower', 'resolve', 'resolve_saved',
-           'learning_rate', 'epoch_rate', 'Split', 'dataset_root', 'RunData', 'loss_and_right', 'subsample',
-           'DeviceSteps', 'Trainer', 'RunResult', 'run_name', 'run_folder', 'provenance', 'pick_device', 'peak_memory',
-           'held_out_videos', 'Selection', 'test_batches', 'evaluate', 'check_method', 'train', 'load_trained',
-           'restore', 'EvaluateConfig', 'evaluate_run']
+           'TrainConfig', 'Backbone', 'reads_context', 'build_method', 'text_tower', 'resolve', 'named_code',
+           'read_config', 'resolve_saved', 'learning_rate', 'epoch_rate', 'Split', 'dataset_root', 'RunData',
+           'loss_and_right', 'subsample', 'DeviceSteps', 'Trainer', 'RunResult', 'run_name', 'run_folder', 'provenance',
+           'pick_device', 'peak_memory', 'held_out_videos', 'Selection', 'test_batches', 'evaluate', 'check_method',
+           'train', 'load_trained', 'check_shapes', 'keeps_texts', 'restore', 'EvaluateConfig', 'evaluate_run']
 
 # %% ../nbs/23_training.ipynb #375af622
 import hashlib
@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import subprocess
 import time
@@ -32,6 +33,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -43,8 +45,8 @@ from .distributed import deal, first_ahead, from_first, gather, is_first, mine, 
 from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts, has_text
 from .evaluation import harmonic_means, predict, split_logits, sum_classes, summarise
 from .features import FeatureStore, StoredView, Timed, dataset_store, resize_policy
-from .files import (DataError, brief, check_archive, code_file, code_name, code_sha256, data_folder, did_you_mean, features_folder, from_root, is_code,
-                        load_code, progress_bar, project_root, read_json, settings, whole_file, write_json)
+from .files import (DataError, brief, check_archive, check_trust, code_file, code_name, code_sha256, data_folder, did_you_mean, features_folder, from_root,
+                        is_code, load_code, progress_bar, project_root, read_json, settings, whole_file, write_json)
 from .frames import FrameStore, PixelStreams, frames_folder
 from .prompting import A5, POSITIONS, CoCoOp, CoOp, text_once
 from .segments import central_window, own_dataset, read_classes, read_segments
@@ -275,6 +277,28 @@ _CHOICES: dict[str, tuple[str, ...]] = dict(
     resize=("shortest", "squash", "as released", "as trained"))
 
 
+_RANGES: dict[str, tuple[float, float]] = dict(  # of the numbers: far beyond what makes sense, and small enough for any machine to say so
+    frames=(1, 4096), clip_frames=(1, 16), context_clip_frames=(1, 16), spatial_layers=(0, 48), temporal_layers=(0, 48), heads=(1, 1024),
+    prompt_length=(1, 1000), vita_global=(0, 1000), epochs=(1, 10**6), batch_size=(1, 10**6), micro_batch=(0, 10**6), class_subsample=(0, 10**6),
+    warmup_epochs=(0, 10**6), seed=(0, 2**63 - 1), lr=(0, 1000), warmup_lr=(0, 1000), weight_decay=(0, 1000), momentum=(0, 1), temperature=(0, 1000),
+    text_memory=(0, 10**6), central_seconds=(0, 10**6), scale=(-10**6, 10**6), validation_fraction=(0, 1), adapter_ratio=(0, 1), adapter_text_ratio=(0, 1))
+
+
+def _range_faults(config: TrainConfig) -> list[str]:
+    faults = []
+    for name, (low, high) in _RANGES.items():
+        value = getattr(config, name)
+        if value is None or low <= value <= high: continue
+        said = "must be between 0 and 1: it is a share" if (low, high) == (0, 1) else f"must be at most {high:,}" if value > high else \
+            "must be at least 1" if low == 1 else "must not be negative" if value < low == 0 else f"must be a number from {low:,} on"
+        faults.append(f"{name}={value} {said}")
+    if config.betas is not None and not (len(config.betas) == 2 and all(0 <= beta < 1 for beta in config.betas)):
+        faults.append(f"betas={brief(config.betas)} must be two numbers from 0 to below 1")
+    if not 0 < config.crop_scale <= 1:
+        faults.append(f"crop_scale={config.crop_scale} is a share of the area: above 0, at most 1")
+    return faults
+
+
 def _own_dataset_faults(config: TrainConfig) -> list[str]:
     try: own_dataset(config.dataset, data_folder(config.dataset, config.data_root))
     except DataError as e: return [str(e)]
@@ -289,19 +313,7 @@ def _field_faults(config: TrainConfig) -> list[str]:
             faults += _own_dataset_faults(config)
         elif value not in allowed and not (name == "method" and is_code(value)):
             faults.append(f"{name}={brief(repr(value))} is unknown: {', '.join(map(repr, allowed))}" + did_you_mean(value, allowed))
-    for name in ("frames", "epochs", "batch_size", "prompt_length"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            faults.append(f"{name}={getattr(config, name)} must be at least 1")
-    for name in ("lr", "weight_decay", "warmup_epochs", "central_seconds", "momentum", "micro_batch", "class_subsample", "temperature", "text_memory",
-                 "vita_global"):
-        if (getattr(config, name) or 0) < 0:
-            faults.append(f"{name}={getattr(config, name)} must not be negative")
-    if not 0 < config.crop_scale <= 1:
-        faults.append(f"crop_scale={config.crop_scale} is a share of the area: above 0, at most 1")
-    for name in ("adapter_ratio", "adapter_text_ratio"):
-        if not 0 <= (getattr(config, name) or 0) <= 1:
-            faults.append(f"{name}={getattr(config, name)} must be between 0 and 1: it is a share")
-    return faults
+    return faults + _range_faults(config)
 
 # %% ../nbs/23_training.ipynb #bb983912
 def _contradictions(config: TrainConfig) -> list[str]:
@@ -373,18 +385,58 @@ def _with_code(config: TrainConfig) -> TrainConfig:
     for reference in code: load_code(reference)
     return replace(config, code=code)
 
+# %% ../nbs/23_training.ipynb #c4d5e6f7
+def _with_kept_code(config: TrainConfig, folder: Path) -> TrainConfig:
+    "The config of a run by the file of its method that the run keeps, if the method is one's own. Nothing is read."
+    method, sha256 = config.method, config.code.get(config.method)
+    if not is_code(method) or not sha256:
+        return config
+    if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        raise DataError(f"{folder / 'config.json'}: {brief(repr(sha256))} is no SHA-256 of {brief(method)}; the file is damaged")
+    kept = f"{_kept(folder, method, sha256)}:{code_name(method)}"
+    return replace(config, method=kept, code=config.code | {kept: sha256})
+
+
+def _check_kept(config: TrainConfig) -> None:
+    for reference, sha256 in code_sha256(config.method).items():
+        if config.code.get(reference, sha256) != sha256:
+            raise DataError(f"{reference}: this is not the file that the run was trained with; its SHA-256 was {config.code[reference]}")
+
+# %% ../nbs/23_training.ipynb #d5e6f7a8
+def named_code(
+    config: TrainConfig,  # as a file has it
+    file: str | Path,  # that file, for the message
+    given: Sequence[str] = (),  # datasets whose folders the user has named
+) -> dict[str, str]:  # by where it is named; also what is no code
+    "All that a config names and that could be code, for `check_trust`."
+    roots = {d: str(dataset_root(config, d)) for d in (config.dataset, *config.targets)}
+    roots = {f"data of {d}": root for d, root in ({d: str(from_root(root)) for d, root in config.target_roots.items()} | roots).items() if d not in given}
+    parts: dict[str, str | None] = dict(method=config.method, encoder=config.encoder, context_encoder=config.context_encoder, **roots)
+    return {f"{file}, {part}": value for part, value in parts.items() if value}
+
+
+def read_config(
+    path: str | Path,  # config.json of a run
+    values: dict[str, Any] | None = None,  # what it holds, where it has been read
+) -> TrainConfig:
+    "The settings of a run as its folder has them. `DataError` where they are none, or out of all proportion."
+    config = settings(TrainConfig, read_json(path, dict) if values is None else values)
+    if faults := _range_faults(config):
+        raise DataError(f"{path}: these settings cannot be run:\n  " + "\n  ".join(faults))
+    return config
+
 
 def resolve_saved(
     values: dict[str, Any],  # of a config.json
+    folder: Path = Path(),  # that it lies in
+    trust_code: bool = False,  # run the code that it names
 ) -> TrainConfig:
-    "What a folder from elsewhere says of its adapter, without a look at its data. Raises `DataError` as `resolve` does, and where it would run code."
-    config = settings(TrainConfig, values)
-    if code := next(filter(is_code, (config.method, config.encoder, config.context_encoder)), None):
-        raise DataError(f"this folder names code of its own ({brief(code)}), and nothing is run because a folder says so. If it is a run of yours: "
-                        f"data, method = restore(RunResult.read(folder), device), then Recognizer(data.encoder, {{kind: method}}, {{kind: config}}, data.context)")
-    theirs = dict(dataset=config.dataset, data_root=config.data_root, target_roots=config.target_roots, code=config.code)
+    "What a folder from elsewhere says of its adapter, without a look at its data. Raises `DataError` as `resolve` does, and for code that is not trusted."
+    config = _with_kept_code(read_config(folder / "config.json", values), folder)
     known = config.dataset if config.dataset in _CHOICES["dataset"] else "csv"
-    return replace(resolve(replace(config, dataset=known, data_root=None, target_roots={}, code={})), **theirs)
+    bare = replace(config, dataset=known, data_root=None, target_roots={})
+    check_trust(named_code(replace(bare, targets=[]), folder / "config.json"), trust_code)
+    return replace(resolve(bare), dataset=config.dataset, data_root=config.data_root, target_roots=config.target_roots, code=config.code)
 
 # %% ../nbs/23_training.ipynb #4c7e0096
 def learning_rate(
@@ -459,8 +511,9 @@ class RunData:
     def __init__(self,
                  config: TrainConfig,  # resolved
                  device: torch.device,
+                 text_cache: bool = True,  # keep text embeddings beside the features
                 ):
-        self.config, self.device = config, device
+        self.config, self.device, self.text_cache = config, device, text_cache
         self.kinds = ["noun", "verb"] if config.labels == "both" else [config.labels]
         self.encoder = create_encoder(config.encoder, config.weights, device, precision=config.encoder_precision, clip_frames=config.clip_frames)
         self.context = create_encoder(config.context_encoder, config.context_weights, device, precision=config.encoder_precision,
@@ -475,7 +528,12 @@ class RunData:
 
     def embed(self, classes: ClassSet) -> ClassEmbeddings:
         "The frozen text embeddings of a class set, from the cache where they have been made before."
-        return embed_prompts(self.encoder, classes, self.config.template, self.features / "text").to(self.device)
+        return embed_prompts(self.encoder, classes, self.config.template, self.texts).to(self.device)
+
+    @property
+    def texts(self) -> Path | None:
+        "Where text embeddings are kept."
+        return self.features / "text" if self.text_cache else None
 
     def store(self, encoder: Encoder, dataset: str) -> FeatureStore:
         return dataset_store(self.features, encoder, self.config.resize, dataset)
@@ -815,7 +873,7 @@ class RunResult:
             history = pd.DataFrame()
         except ValueError as e:
             raise DataError(f"{folder / 'history.csv'} is damaged ({brief(e, 200)}): delete {folder} and run it again") from None
-        return cls(folder, settings(TrainConfig, read_json(folder / "config.json", dict)), read_json(folder / "metrics.json", dict), history)
+        return cls(folder, read_config(folder / "config.json"), read_json(folder / "metrics.json", dict), history)
 
     @property
     def table(self) -> pd.DataFrame:
@@ -1129,24 +1187,45 @@ def load_trained(
     except Exception as e:
         raise DataError(f"{path}: not the weights of this run ({type(e).__name__}: {brief(' '.join(str(e).split()), 300)}); it may be cut short") from None
 
+# %% ../nbs/23_training.ipynb #f7a8b9c0
+def check_shapes(
+    config: TrainConfig,  # as a file has it
+    path: str | Path,  # model.safetensors
+    dim: int,  # D, width of CLIP's joint space
+    context_dim: int,  # d, width of the conditioning features
+) -> None:
+    "`DataError` where the settings are for other weights than those in the file. Nothing is loaded, and nothing built that takes memory."
+    if is_code(config.method) or config.method in (*PROMPTED, *PIXELS): return
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in build_method(config, dim, context_dim, 100.0).state_dict().items()}
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except Exception as e:
+        raise DataError(f"{path}: not readable as safetensors ({type(e).__name__}: {brief(e, 200)}); it may be missing or cut short") from None
+    if odd := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
+        raise DataError.rows(f"{path}: not the weights of this run, whose config.json is for others",
+                             [f"{brief(name)}: {found.get(name)} in the file, {expected.get(name)} by the settings" for name in odd])
 
-def _method_of(run: RunResult) -> str:
-    "The method of a run, by the code that it was trained with, if that is one's own."
-    method, sha256 = run.config.method, run.config.code.get(run.config.method)
-    if not is_code(method) or not sha256:
-        return method
-    kept = f"{_kept(run.folder, method, sha256)}:{code_name(method)}"
-    if code_sha256(kept)[kept] != sha256:
-        raise DataError(f"{kept}: this is not the file that the run was trained with; its SHA-256 was {sha256}")
-    return kept
+
+def keeps_texts(
+    config: TrainConfig,  # as a file has it
+) -> bool:
+    "Whether text embeddings may be kept beside the features that it names: where these lie in the project's own."
+    return any(features_folder(config.features_root).is_relative_to(place) for place in (features_folder(), from_root("features")))
 
 
 def restore(
     run: RunResult,
     device: torch.device,
+    trust_code: bool = False,  # run the code that the run's folder names
 ) -> tuple[RunData, nn.Module]:
-    "The data of a finished run, and its method with the trained weights; one of one's own from the file that the run keeps."
-    data = RunData(replace(run.config, method=_method_of(run)), device)
+    "The data of a finished run, and its method with the trained weights; one of one's own from the file that the run keeps, if it is trusted."
+    config = _with_kept_code(run.config, run.folder)
+    check_trust(named_code(config, run.folder / "config.json"), trust_code)
+    _check_kept(config)
+    data = RunData(config, device, keeps_texts(config))
+    check_shapes(config, run.folder / "model.safetensors", data.encoder.dim, data.context.dim)
     method = data.method()
     load_trained(method, run.folder / "model.safetensors")
     return data, method.to(device).eval()
@@ -1162,6 +1241,7 @@ class EvaluateConfig:
     template: str | None = None  # prompt around each class name; None: the run's
     features_root: str | None = None  # folder of the feature stores; None: the run's
     device: str | None = None  # None: a GPU where there is one
+    trust_code: bool = False  # run the code that the run's folder names
 
 
 def evaluate_run(
@@ -1175,6 +1255,7 @@ def evaluate_run(
     targets = [d for d in config.datasets if d != source] or ([] if config.datasets else c.targets)
     c = replace(c, targets=targets, target_roots=c.target_roots | config.roots, template=config.template or c.template,
                 data_root=config.roots.get(source, c.data_root), features_root=config.features_root or c.features_root)
+    check_trust(named_code(_with_kept_code(c, trained.folder), trained.folder / "config.json", list(config.roots)), config.trust_code)
     c = replace(c, code=c.code | code_sha256(c.data_root, *(c.target_roots.get(d) for d in targets)))
     if faults := _prompt_faults(c):
         raise DataError("the run cannot be evaluated with these settings:\n  " + "\n  ".join(faults))
@@ -1182,7 +1263,7 @@ def evaluate_run(
     folder = trained.folder / "evaluations" / key
     write_json(folder / "config.json", asdict(c))
     device = pick_device(config.device)
-    data, method = restore(replace(trained, config=c), device)
+    data, method = restore(replace(trained, config=c), device, trust_code=True)  # what may run is settled above
     metrics = _evaluate_all(c, folder, data, {d: data.split(d, "test") for d in [source, *targets]}, method)
     write_json(folder / "metrics.json", dict(metrics, run=str(trained.folder.name), versions=provenance(device)))
     return RunResult.read(folder)
