@@ -510,7 +510,7 @@ def _own_model(
 ) -> tuple[dict, str | Path | None]:  # its configuration, empty for models that are not the kit's; its weights where none are named
     "Tells open_clip of the kit's own architectures."
     folder = project_root() / "data" / "mini" / "weights"
-    if not (folder / f"{name}.json").is_file():
+    if not re.fullmatch(r"[\w-]{1,100}", name) or not (folder / f"{name}.json").is_file():
         return {}, weights
     config, file = read_json(folder / f"{name}.json"), folder / f"{name}.safetensors"
     if "embed_dim" in config and name not in open_clip.list_models():

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Sequence
 
 import pandas as pd
 
-from .files import DataError, brief, code_name, code_sha256, did_you_mean, features_folder, from_root, is_code, read_json
+from .files import DataError, brief, code_name, code_sha256, did_you_mean, features_folder, from_root, is_code, markdown_code, markdown_text, read_json
 from .paper import PRINTED, printed
 from .segments import _EGO4D_FOLDERS, _EGO4D_SOURCE, _EGTEA_FOLDERS, _EGTEA_SOURCE, _EPIC_FOLDERS, _EPIC_SOURCE, _find, read_segments
 
@@ -134,13 +134,13 @@ def _inside(folder: Path, place: str) -> Path | None:  # None: it is outside
 
 def _place_faults(folder: Path, where: str, name: str, value: Any) -> list[str]:
     "What a profile must not name, by where it stands."
+    if where != name and name in _ELSEWHERE: return [f"{brief(where)}={brief(repr(value))} cannot be set here: it follows from the profile"]
     if isinstance(value, dict):
         return [fault for key, part in value.items() for fault in _place_faults(folder, f"{where}.{key}", key, part)]
     if isinstance(value, list):
         return [fault for part in value for fault in _place_faults(folder, where, name, part)]
     shown = f"{brief(where)}={brief(repr(value))}"
     if is_code(value): return [f"{shown} is code; name it in a call of your own"]
-    if where != name and name in _ELSEWHERE: return [f"{shown} cannot be set here: it follows from the profile"]
     if name in _PLACES and not _inside(folder, str(value)): return [f"{shown} is no place within {folder}, of letters, digits, '-', '_', '.' and '/'"]
     if name in _WEIGHTS and _is_path(value) and not _inside(folder, value): return [f"{shown} is no file within {folder}"]
     return []
@@ -488,11 +488,11 @@ def introduction(
     "What the numbers of a report are, and what they are not."
     p, several = made.profile, made.seeds > 1
     if p.name == "mini":
-        about = (f"**{p.note}** The world was rendered by the kit: three first-person datasets in the official file formats of EPIC-KITCHENS-100, Ego4D and "
-                 f"EGTEA (size `{p.size}`), recognised through a small CLIP that was pretrained on rendered third-person pictures. Everything else is the code "
+        about = (f"**{markdown_text(p.note)}** The world was rendered by the kit: three first-person datasets in the official file formats of EPIC-KITCHENS-100, Ego4D and "
+                 f"EGTEA (size {markdown_code(p.size)}), recognised through a small CLIP that was pretrained on rendered third-person pictures. Everything else is the code "
                  f"that real data goes through.")
     else:
-        about = (f"These numbers are from the real datasets in `{p.data}`. {p.note} The paper states neither seeds nor intervals, so a difference is not a "
+        about = (f"These numbers are from the real datasets in {markdown_code(p.data)}. {markdown_text(p.note)} The paper states neither seeds nor intervals, so a difference is not a "
                  f"verdict by itself.")
     return (f"{about}\n\nEvery cell is a top-1 accuracy in per cent, or the harmonic mean (hm) of the two before it: "
             + (f"mean ± standard deviation over {made.seeds} seeds ({' and '.join(_names(p.one_seed))}: one seed). " if several and p.one_seed else

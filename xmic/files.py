@@ -6,8 +6,9 @@
 __all__ = ['PLAIN', 'brief', 'DataError', 'project_root', 'from_root', 'data_folder', 'features_folder', 'cache_folder',
            'writable', 'one_at_a_time', 'remove_leftovers', 'whole_file', 'write_json', 'parse_json', 'read_json',
            'read_text', 'read_table', 'Named', 'Foreign', 'PlainDict', 'plain_key', 'plain_dict', 'from_table',
-           'read_pickle', 'check_pickle', 'check_archive', 'did_you_mean', 'settings', 'notebook_settings',
-           'progress_bar', 'is_code', 'code_name', 'code_file', 'code_sha256', 'load_code', 'check_trust']
+           'read_pickle', 'check_pickle', 'check_archive', 'did_you_mean', 'markdown_text', 'markdown_code',
+           'latex_text', 'settings', 'notebook_settings', 'progress_bar', 'is_code', 'code_name', 'code_file',
+           'code_sha256', 'load_code', 'check_trust']
 
 # %% ../nbs/00_files.ipynb #951bf47b
 import difflib
@@ -555,6 +556,33 @@ def did_you_mean(
     right = {choice.lower(): choice for choice in choices if len(choice) <= 100}
     near = difflib.get_close_matches(brief(word).lower(), right, n=3)
     return f"; did you mean {' or '.join(repr(right[word]) for word in near)}?" if near else ""
+
+# %% ../nbs/00_files.ipynb #e3f4a5b6
+_MARKDOWN = str.maketrans({**{sign: f"\\{sign}" for sign in "\\`*_[]|~$"}, "&": "&amp;", "<": "&lt;", ">": "&gt;"})
+_LATEX = str.maketrans({**{sign: f"\\{sign}" for sign in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"})
+
+
+def markdown_text(
+    text: object,
+) -> str:  # in one line
+    "A text for a page or a table in Markdown, which shows it as it is."
+    return " ".join(str(text).split()).translate(_MARKDOWN)
+
+
+def markdown_code(
+    text: object,
+) -> str:  # in one line
+    "A text for a page in Markdown, shown as code."
+    words = " ".join(str(text).split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", words)), default=0))
+    return f"{fence}{words}{fence}" if len(fence) == 1 and words else f"{fence} {words} {fence}"
+
+
+def latex_text(
+    text: object,
+) -> str:  # in one line
+    "A text for LaTeX, which sets it as it is."
+    return " ".join(str(text).split()).translate(_LATEX)
 
 # %% ../nbs/00_files.ipynb #bd36f541
 _YAML_TEXT = re.compile(r"[+-]?\d+[eE][+-]?\d+")  # 1e-6 is a text to YAML, and thus to papermill

@@ -7,7 +7,9 @@ __all__ = ['Recognition', 'json_rows', 'read_names', 'SampledFrames', 'Recognize
 
 # %% ../nbs/28_recognizer.ipynb #90f26107
 import io
+import json
 import re
+import shlex
 import tempfile
 import warnings
 from collections import OrderedDict
@@ -31,7 +33,7 @@ from .classes import ClassSet
 from .clips import READ_AT_ONCE, wanted_frames
 from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts, feature_width
 from .features import resize_policy
-from .files import DataError, brief, cache_folder, code_name, from_root, read_json, read_text, settings, whole_file, write_json
+from .files import DataError, brief, cache_folder, code_name, from_root, markdown_code, markdown_text, read_json, read_text, whole_file, write_json
 from .hands import Box, HandBoxes, HandDetector, on_frame
 from .streams import Batch
 from .training import PIXELS, TrainConfig, build_method, check_shapes, load_trained, reads_context, resolve_saved, text_tower
@@ -340,8 +342,13 @@ def _rendered(config: TrainConfig) -> bool:
     return str(config.data_root or "").replace("\\", "/").startswith("data/mini")
 
 
+def _terms(dataset: str) -> tuple[str, str]:
+    "What a dataset is, and its licence."
+    return _DATA.get(dataset) or (f"{dataset}, {_DATA['csv'][0]}", _DATA["csv"][1])
+
+
 def _data(config: TrainConfig, dataset: str) -> str:
-    return f"videos rendered by xmic, in the formats of {_DATA[dataset][0]}" if _rendered(config) else _DATA[dataset][0]
+    return f"videos rendered by xmic, in the formats of {_terms(dataset)[0]}" if _rendered(config) else _terms(dataset)[0]
 
 
 def _results(config: TrainConfig, kind: str, known: dict) -> list[dict]:
@@ -372,22 +379,24 @@ def _card_header(name: str, adapters: dict[str, TrainConfig], rows: list[dict], 
 
 
 def _training(kind: str, c: TrainConfig, known: dict) -> str:
-    encoder = f"{c.encoder}" + (f" ({Path(c.weights).name})" if c.weights else "") + (f", the adapter reads {c.context_encoder}" if c.context_encoder else "")
+    encoder = markdown_text(f"{c.encoder}" + (f" ({Path(c.weights).name})" if c.weights else "")
+                            + (f", the adapter reads {c.context_encoder}" if c.context_encoder else ""))
     recipe = (f"recipe `{c.recipe}`: {c.optimizer}, learning rate {c.lr:g}, {c.epochs} epochs with {c.warmup_epochs} of warm-up, "
               f"batches of {c.batch_size}, seed {c.seed}")
     frames = f"{c.frames} frames of each segment, classified by the {c.classified_view} view" + (
         f", conditioned on {' and '.join(c.context_views)}" if reads_context(c) else "")
-    versions = ", ".join(f"{n} {v}" for n, v in known.get("versions", {}).items() if v) if isinstance(known.get("versions"), dict) else ""
+    versions = markdown_text(", ".join(f"{n} {v}" for n, v in known.get("versions", {}).items() if v)) if isinstance(known.get("versions"), dict) else ""
     parameters = f", {known['parameters']:,} parameters" if isinstance(known.get("parameters"), int) else ""
-    return (f"- **{kind}s**: {_METHODS.get(c.method) or code_name(c.method)}{parameters}, trained on {_data(c, c.dataset)}. Encoder {encoder}; prompts `{c.template}`; "
+    method = _METHODS.get(c.method) or markdown_text(code_name(c.method))
+    return (f"- **{kind}s**: {method}{parameters}, trained on {markdown_text(_data(c, c.dataset))}. Encoder {encoder}; prompts {markdown_code(c.template)}; "
             f"{frames}; {recipe}; model selection: {c.selection}." + (
-                f" Run `{c.name}`" if c.name else "") + (f" ({versions})." if versions else "." * bool(c.name)))
+                f" Run {markdown_code(c.name)}" if c.name else "") + (f" ({versions})." if versions else "." * bool(c.name)))
 
 
 def _table(rows: list[dict]) -> str:
     columns = dict(names="names", place="tested on", top1="top-1 % (segments)", interval="95 % interval", top5="top-5 %",
                    shared="shared classes", novel="novel classes")
-    lines = [columns.values(), ["---"] * len(columns), *([str(row[c]) for c in columns] for row in rows)]
+    lines = [columns.values(), ["---"] * len(columns), *([markdown_text(row[c]) for c in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 # %% ../nbs/28_recognizer.ipynb #0275f544
@@ -405,20 +414,21 @@ def _card(name: str, encoder: Encoder, adapters: dict[str, TrainConfig], known: 
     numbers = [_table(rows), "Accuracies in per cent, in brackets the segments they were counted on. Shared classes were trained on under the same name, "
                "novel ones were not; each of the two is counted among its own classes alone."] * bool(rows)
     numbers += [f"Nothing is known of the accuracy on {kind}s: the run left no numbers." for kind in silent]
-    terms = sorted({f"{_DATA[c.dataset][0]}: {_DATA[c.dataset][1]}." for c in adapters.values() if not _rendered(c)})
+    one_line = " ".join(name.split())
+    terms = sorted({markdown_text("{}: {}.".format(*_terms(c.dataset))) for c in adapters.values() if not _rendered(c)})
     return "\n\n".join([
-        _card_header(name, adapters, rows, license), f"# {name}",
+        _card_header(name, adapters, rows, license), f"# {markdown_text(name)}",
         f"Adapters that recognise {kinds} in first-person video, for [xmic](https://github.com/xmic/xmic). "
         "They move the class names of a frozen CLIP towards what is seen; the list of names is yours.",
-        "## Use", f'```python\nfrom xmic.recognizer import Recognizer\n\nrecognizer = Recognizer.from_pretrained("{name}")\n'
+        "## Use", f'```python\nfrom xmic.recognizer import Recognizer\n\nrecognizer = Recognizer.from_pretrained({json.dumps(name, ensure_ascii=False)})\n'
         'recognizer.predict("kitchen.mp4", nouns=["pan", "knife", "tap"], verbs=["take", "put", "wash"])\n```',
-        f"```sh\nxmic predict kitchen.mp4 --model {name} --nouns nouns.txt --verbs verbs.txt\n```",
-        f"The encoder, {encoder.name} ({encoder.weights}), is not in this folder: it is loaded by its name.",
+        f"```sh\nxmic predict kitchen.mp4 --model {shlex.quote(one_line)} --nouns nouns.txt --verbs verbs.txt\n```",
+        f"The encoder, {markdown_text(f'{encoder.name} ({encoder.weights})')}, is not in this folder: it is loaded by its name.",
         "## Training", "\n".join(_training(kind, c, known.get(kind, {})) for kind, c in adapters.items()), *([made] if made else []),
         "## Numbers", *(numbers or ["None were measured."]),
         *(["The videos were rendered by the kit itself. The numbers are about the kit, and say nothing of real videos."] * rendered),
         "## Limits", _LIMITS + "\n- Trained on rendered videos of a few shapes: with real videos its answers mean nothing." * rendered,
-        "## Licence", " ".join([f"The adapters: {license}." if license != "other" else
+        "## Licence", " ".join([f"The adapters: {markdown_text(license)}." if license != "other" else
                                 "The adapters were trained on data that have terms of their own, which bind those who use them.",
                                 *terms, "The encoder's weights have their own licence."])]) + "\n"
 

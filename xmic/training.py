@@ -277,11 +277,11 @@ _CHOICES: dict[str, tuple[str, ...]] = dict(
     resize=("shortest", "squash", "as released", "as trained"))
 
 
-_RANGES: dict[str, tuple[float, float]] = dict(  # of the numbers: far beyond what makes sense, and small enough for any machine to say so
+_RANGES: dict[str, tuple[float, float]] = dict(  # of the numbers; those that decide about memory end where nothing sensible is lost
     frames=(1, 4096), clip_frames=(1, 16), context_clip_frames=(1, 16), spatial_layers=(0, 48), temporal_layers=(0, 48), heads=(1, 1024),
     prompt_length=(1, 1000), vita_global=(0, 1000), epochs=(1, 10**6), batch_size=(1, 10**6), micro_batch=(0, 10**6), class_subsample=(0, 10**6),
-    warmup_epochs=(0, 10**6), seed=(0, 2**63 - 1), lr=(0, 1000), warmup_lr=(0, 1000), weight_decay=(0, 1000), momentum=(0, 1), temperature=(0, 1000),
-    text_memory=(0, 10**6), central_seconds=(0, 10**6), scale=(-10**6, 10**6), validation_fraction=(0, 1), adapter_ratio=(0, 1), adapter_text_ratio=(0, 1))
+    warmup_epochs=(0, 10**6), seed=(0, 2**63 - 1), lr=(0, 1e300), warmup_lr=(0, 1e300), weight_decay=(0, 1e300), momentum=(0, 1),
+    temperature=(0, 1e300), text_memory=(0, 10**6), central_seconds=(0, 10**6), scale=(-1e300, 1e300), validation_fraction=(0, 1), adapter_ratio=(0, 1), adapter_text_ratio=(0, 1))
 
 
 def _range_faults(config: TrainConfig) -> list[str]:
