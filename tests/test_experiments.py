@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -204,7 +205,8 @@ def test_a_run_that_was_deleted_is_made_again(tmp_path):
 def test_a_report_that_is_there_without_its_runs_is_made_anew(tmp_path):
     "As in a fresh clone, which holds the committed report."
     assert (ROOT / "reports/mini/index.html").exists() and (ROOT / "reports/mini/table3.md").exists()
-    made = planned_paper(tmp_path, ROOT / "reports/mini")
+    shutil.copytree(ROOT / "reports/mini", tmp_path / "report")
+    made = planned_paper(tmp_path, tmp_path / "report")
     jobs = planned(dry_run("profile=paper", f"data={tmp_path}", "tables=3"))
     assert jobs["run"] == len(made.runs) and sum(jobs.get(rule, 0) for rule in ("extract", "extract_first", "store_frames")) == len(made.stores) and jobs["table"] == jobs["report"] == 1
 

@@ -30,7 +30,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, UnionType
-from typing import Any, Callable, Iterable, Iterator, get_args, get_origin, get_type_hints
+from typing import Any, Callable, Iterable, Iterator, Mapping, get_args, get_origin, get_type_hints
 from zipfile import ZIP_STORED, ZipFile
 
 import pandas as pd
@@ -494,7 +494,7 @@ class _Program(_Builder):
     def operations(self) -> dict[str, Callable[[Any], None]]:
         "By the names of `pickletools`."
         nothing, constant = lambda _: None, lambda make: lambda _: self.stack.append(make())
-        made: dict[str, Callable[[Any], None]] = {name: constant(make) for name, make in _CONSTANTS.items()}
+        made: dict[str, Any] = {name: constant(make) for name, make in _CONSTANTS.items()}
         made |= dict.fromkeys(_VALUES, self.value) | dict.fromkeys(_TEXTS, self.text) | dict.fromkeys(("PROTO", "FRAME", "STOP"), nothing)
         made |= dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), self.put) | dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), self.get)
         made |= {f"TUPLE{'' if n is None else n}": self.tuple_of(n) for n in (None, 1, 2, 3)}
@@ -592,7 +592,7 @@ def _elements_fit(value: Any, kind: Any) -> bool:
     "Whether a list or dict holds what its annotation says."
     wanted = next((get_args(k) for k in (kind, *get_args(kind)) if get_origin(k) in (list, dict)), ())
     if not isinstance(value, (list, dict)) or Any in wanted: return True
-    columns = [value] if isinstance(value, list) else [value.keys(), value.values()]
+    columns: list[Iterable] = [value] if isinstance(value, list) else [value.keys(), value.values()]
     return all(isinstance(x, (int, float) if k is float else k) for column, k in zip(columns, wanted) for x in column)
 
 
@@ -738,7 +738,7 @@ def _run(path: Path, source: bytes) -> ModuleType:
 
 # %% ../nbs/00_files.ipynb #b2c8d4e0
 def check_trust(
-    named: dict[str, str | Path | None],  # by where it is named, as in "config.json, method"; what names no code is passed over
+    named: Mapping[str, str | Path | None],  # by where it is named, as in "config.json, method"; what names no code is passed over
     trust_code: bool,  # whether the user has said that it may run
 ) -> None:
     "`DataError` that shows the code which a file names, unless it is trusted."

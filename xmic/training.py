@@ -1202,7 +1202,7 @@ def check_shapes(
         with safe_open(path, "pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except Exception as e:
-        raise DataError(f"{path}: not readable as safetensors ({type(e).__name__}: {brief(e, 200)}); it may be missing or cut short") from None
+        raise DataError(f"{path}: not the weights of this run ({type(e).__name__}: {brief(e, 200)}); it may be missing, or cut short") from None
     if odd := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
         raise DataError.rows(f"{path}: not the weights of this run, whose config.json is for others",
                              [f"{brief(name)}: {found.get(name)} in the file, {expected.get(name)} by the settings" for name in odd])
