@@ -1,7 +1,6 @@
 """Texts from files, in pages and tables: shown as they are, whatever is in them."""
 import html
 import re
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -30,17 +29,17 @@ def tabulated(name: str) -> pd.DataFrame:
 
 def read_latex(text: str) -> str:
     "What LaTeX sets of an escaped text; fails for anything that is a command."
-    text = text.replace(r"\textbackslash{}", "\0").replace(r"\textasciitilde{}", "~").replace(r"\textasciicircum{}", "^")
-    text = re.sub(r"\\([&%$#_{}])", lambda match: {"{": "\1", "}": "\2"}.get(match[1], f"\3{match[1]}"), text)
-    assert not re.search(r"\\|(?<!\3)[&%$#_]|[{}]", text), text
-    return text.replace("\0", "\\").replace("\1", "{").replace("\2", "}").replace("\3", "")
+    signs = {r"\textbackslash{}": "\\", r"\textasciitilde{}": "~", r"\textasciicircum{}": "^", **{f"\\{sign}": sign for sign in "&%$#_{}"}}
+    parts = re.findall(r"\\text\w+\{\}|\\[&%$#_{}]|[^\\&%$#_{}~^]", text)
+    assert "".join(parts) == text
+    return "".join(signs.get(part, part) for part in parts)
 
 
 @pytest.mark.parametrize("name", NASTY)
 def test_texts_read_back_as_they_were(name):
     flat = " ".join(name.split())
     assert read_latex(latex_text(name)) == flat
-    assert html.unescape(re.sub(r"\\(.)", r"\1", markdown_text(name))) == flat.replace("\\i", "\\i") and "\n" not in markdown_text(name)
+    assert html.unescape(re.sub(r"\\(.)", r"\1", markdown_text(name))) == flat and "\n" not in markdown_text(name)
     assert not re.search(r"(?<!\\)[`*_\[\]|~$<>]", markdown_text(name))
     code = markdown_code(name)
     fence = re.match("`+", code)[0]
@@ -51,7 +50,7 @@ def test_texts_read_back_as_they_were(name):
 def test_tables(name):
     table = tabulated(name)
     page, text, tex = to_html(table), to_markdown(table, name, name), to_latex(table, name, name)
-    assert not re.search(r"<(script|img)", page) and html.escape(" ".join(name.split()) if "\n" not in name else name) in page.replace("&#x27;", "&#x27;")
+    assert not re.search(r"<(script|img)", page) and html.escape(name) in page
     widths = {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")}
     assert len(widths) == 1 and "<script" not in text and "<img" not in text and "\n# c" not in text and "\n---\n" not in text
     assert "\\input" not in tex and "$x$" not in tex
@@ -77,7 +76,7 @@ def test_introductions(name):
 @pytest.mark.parametrize("name", NASTY)
 def test_model_cards(tmp_path, name):
     encoder = create_encoder(register_tiny(), "random", "cpu")
-    config = resolve(TrainConfig(encoder=register_tiny(), weights="random", frames=4, template=f"{name.replace('{', '').replace('}', '')} {{}}", name=name))
+    config = resolve(TrainConfig(encoder=register_tiny(), weights="random", frames=4, template=re.sub(r" \\| |[{}]", "", name) + " {}", name=name))
     config.dataset = name
     measured = {"noun": dict(results={name: {"noun": {"top1": dict(value=50.0, low=40.0, high=60.0, count=10)}}}, versions={name: name, "torch": name})}
     recognizer = Recognizer(encoder, {"noun": build_method(config, encoder.dim, encoder.dim, 100.0)}, {"noun": config}, encoder, measured)
@@ -88,7 +87,7 @@ def test_model_cards(tmp_path, name):
     assert not begin and data["license"] == name and data["model-index"][0]["name"] == name
     assert {result["dataset"]["name"].split(",")[0] for result in data["model-index"][0]["results"]} == {name.split(",")[0]}
     plain = re.sub(r"(?ms)^```.*?^```|(`+)(?!`).*?(?<!`)\1(?!`)", "", body)
-    assert not re.search(r"<(script|img)", plain) and "\n# c" not in body and "\n---\n" not in body and "](javascript" not in plain
+    assert not re.search(r"<(script|img)", plain) and "\n# c" not in body and "\n---\n" not in body and not re.search(r"(?<!\\)\]\(javascript", plain)
     rows = [line for line in body.splitlines() if line.startswith("|")]
     assert len(rows) == 3 and len({len(re.findall(r"(?<!\\)\|", line)) for line in rows}) == 1
     code = re.search(r"(?s)```python\n(.*?)\n```", body)[1]
@@ -117,4 +116,4 @@ def test_explorer(name):
     square = torch.full((2, 2), 0.5)
     for page in (ranking_html(table, (name, name)), neighbours_html(name, near, 1.0), map_html(square, name, (name, name)), attention_html({}, [name], name),
                  attention_html({"spatial": square[None], "temporal": square}, [name, name], name)):
-        assert not re.search(r"<(script|img)", page) and '"><' not in page.replace('"></b></div>', "") or "<script" not in page
+        assert not re.search(r"<(script|img)", page)

@@ -196,7 +196,7 @@ NUMBERS = {"digits": b"I" + b"9" * 5000 + b"\n.", "bytes": b"\x80\x02\x8b" + str
 
 @pytest.mark.parametrize("program", [*NUMBERS.values(), repeated_key(40, 2000), repeated_key(2, 100_000), colliding(5000), colliding(100_000),
                                      b"\x80\x02}X" + struct.pack("<I", 10**6) + b"x" * 10**6 + b"q\x00Ns" + b"h\x00Ns" * 10**5 + b".",
-                                     b"\x80\x02cbuiltins\nset\nq\x00](" + b"K\x01" * 10**5 + b"e\x85q\x010" + b"h\x00h\x01R0" * 10**5 + b"N.",
+                                     b"\x80\x02cbuiltins\nset\nq\x00](" + b"K\x01" * 10**5 + b"e\x85q\x010" + b"h\x00h\x01R0" * 10**4 + b"N.",
                                      b"\x80\x02ccollections\ndeque\nq\x00](" + b"K\x01" * 10**5 + b"e\x85q\x010" + b"h\x00h\x01R" * 10**4 + b"."],
                          ids=lambda program: f"{len(program)}-{program[:6].hex()}")
 def test_work_that_a_few_bytes_ask_for(tmp_path, program):
@@ -244,7 +244,7 @@ def test_a_message_that_is_meant_a_million_times(tmp_path):
 
 
 def test_containers_that_scripts_write(tmp_path):
-    boxes = {"a": {0: (1.0, 2.0, 3.0, 4.0), 1: None}, "b": {}}
+    boxes = {"a": {0: (1.0, 2.0, 3.0, 4.0), 1: None}, "b": {7: (0.0, 0.0, 5.0, 5.0)}}
     nested = defaultdict(partial(defaultdict, list), {name: defaultdict(tuple, frames) for name, frames in boxes.items()})
     plain = [boxes, defaultdict(dict, boxes), OrderedDict((name, OrderedDict(frames)) for name, frames in boxes.items()), nested,
              defaultdict(OrderedDict, {name: defaultdict(None, frames) for name, frames in boxes.items()})]
