@@ -76,7 +76,7 @@ def test_introductions(name):
 @pytest.mark.parametrize("name", NASTY)
 def test_model_cards(tmp_path, name):
     encoder = create_encoder(register_tiny(), "random", "cpu")
-    config = resolve(TrainConfig(encoder=register_tiny(), weights="random", frames=4, template=re.sub(r" \\| |[{}]", "", name) + " {}", name=name))
+    config = resolve(TrainConfig(encoder=register_tiny(), weights="random", frames=4, template=re.sub(r" \| |[{}]", "", name) + " {}", name=name))
     config.dataset = name
     measured = {"noun": dict(results={name: {"noun": {"top1": dict(value=50.0, low=40.0, high=60.0, count=10)}}}, versions={name: name, "torch": name})}
     recognizer = Recognizer(encoder, {"noun": build_method(config, encoder.dim, encoder.dim, 100.0)}, {"noun": config}, encoder, measured)
