@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from xmic.files import DataError
-from xmic.hands import (ArrayUnpickler, Detections, Hand, HandBoxes, Object, centre, read_100doh, read_boxes, read_epic_hands,
+from xmic.hands import (ARRAYS, Detections, Hand, HandBoxes, Object, centre, read_100doh, read_boxes, read_epic_hands,
                         union_box, unpickle)
 from xmic.video import VideoInfo, probe
 
@@ -301,7 +301,7 @@ def test_noise_is_refused(tmp_path_factory, noise):
     np.arange(12, dtype="f4").reshape(3, 4).T, np.arange(6, dtype=">i2"), np.zeros((0, 10)), np.arange(24.0).reshape(4, 6)[::2, ::3],
     np.array(5), np.float64(0.25), np.int64(-7), np.uint8(200), np.bool_(True)], ids=repr)
 def test_numbers_are_read_as_they_were_written(tmp_path, values, protocol):
-    found = np.asarray(unpickle(write(tmp_path / "a.pkl", values, protocol), ArrayUnpickler))
+    found = np.asarray(unpickle(write(tmp_path / "a.pkl", values, protocol), ARRAYS))
     assert np.array_equal(found, values) and found.shape == values.shape
 
 

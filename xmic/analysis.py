@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from .classes import ClassSet
 from .evaluation import accuracy, mean_per_class
-from .files import DataError, did_you_mean, from_root, read_json, settings
+from .files import DataError, check_trust, did_you_mean, from_root, read_json, settings
 from .paper import harmonic_mean, over_seeds
 from .segments import head_classes, read_classes, read_epic_tail, read_epic_unseen, read_segments
 
@@ -206,12 +206,13 @@ def class_frequencies(
 def by_frequency(
     *folders: str | Path,  # of finished runs
     fields: Sequence[str] = (),
+    trust_code: bool = False,  # run the readers of data that the runs' folders name
 ) -> pd.DataFrame:  # as `accuracies` gives it, with a column group of FREQUENCIES
     "Accuracies of frequent, rare, absent and novel classes on every dataset, where all classes compete."
     known: dict[tuple, np.ndarray] = {}
 
     def group(config: Any, dataset: str, kind: str) -> np.ndarray:
-        source, place = config.dataset, (str(_root(config, config.dataset)), str(_root(config, dataset)), dataset, kind)
+        source, place = config.dataset, (str(_root(config, config.dataset, trust_code)), str(_root(config, dataset, trust_code)), dataset, kind)
         if place not in known:
             classes = read_classes(source, place[0], kind)
             labels = classes.labels(read_segments(source, place[0], "train")[kind])
@@ -242,10 +243,12 @@ def _grouped(
     return pd.concat(parts, ignore_index=True)
 
 
-def _root(config: Any, dataset: str) -> Path:
+def _root(config: Any, dataset: str, trust_code: bool = False) -> Path:
     from xmic.training import dataset_root
 
-    return dataset_root(config, dataset)
+    root = dataset_root(config, dataset)
+    check_trust({f"config.json of a run, data of {dataset}": root}, trust_code)
+    return root
 
 # %% ../nbs/25_analysis.ipynb #9ddfcc50
 def by_participant(
@@ -451,12 +454,13 @@ def confusions(
     dataset: str | None = None,  # None: the source
     kind: str | None = None,  # None: the run's, nouns if it is for both
     top: int = 10,
+    trust_code: bool = False,  # run the readers of data that the run's folder names
 ) -> pd.DataFrame:  # label, predicted (cleaned names), count, share (of the label's segments, per cent)
     "The pairs that are most often taken for each other, the most frequent first."
-    return _confusions(folder, dataset, kind)[0].head(top)
+    return _confusions(folder, dataset, kind, trust_code)[0].head(top)
 
 
-def _confusions(folder: str | Path, dataset: str | None, kind: str | None) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _confusions(folder: str | Path, dataset: str | None, kind: str | None, trust_code: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
     "All confused pairs; and the lines behind them, with names."
     from xmic.training import TrainConfig
 
@@ -466,7 +470,7 @@ def _confusions(folder: str | Path, dataset: str | None, kind: str | None) -> tu
     lines = table[(table["dataset"] == dataset) & (table["kind"] == kind)]
     if lines.empty:
         raise DataError(f"{place} has no {kind} predictions for {dataset}; it has: {', '.join(sorted(set(table['dataset'] + ' ' + table['kind'])))}")
-    names = np.array(read_classes(dataset, _root(config, dataset), kind).names, dtype=object)
+    names = np.array(read_classes(dataset, _root(config, dataset, trust_code), kind).names, dtype=object)
     lines = lines.assign(label=names[lines["label"]], predicted=names[lines["predicted"]])
     pairs = lines[~lines["right"]].groupby(["label", "predicted"], sort=True).size().rename("count").reset_index()
     pairs["share"] = 100 * pairs["count"] / pairs["label"].map(lines["label"].value_counts())
@@ -478,9 +482,10 @@ def plot_confusions(
     dataset: str | None = None,  # as in `confusions`
     kind: str | None = None,
     top: int = 10,  # pairs whose classes are shown
+    trust_code: bool = False,  # as in `confusions`
 ) -> Figure:
     "The classes of the strongest confusions: numbers of segments, shaded by their share of the label's."
-    pairs, lines = _confusions(folder, dataset, kind)
+    pairs, lines = _confusions(folder, dataset, kind, trust_code)
     shown = list(dict.fromkeys(name for pair in pairs.head(top).itertuples() for name in (pair.label, pair.predicted)))
     taken = lines["predicted"].where(lines["predicted"].isin(shown), "others")
     counts = pd.crosstab(lines["label"], taken).reindex(index=shown, columns=[*shown, "others"], fill_value=0)

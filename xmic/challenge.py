@@ -58,6 +58,7 @@ def scores_of_run(
     dataset: str | None = None,  # the source, or a target of the run; None: the source
     device: str | None = "cpu",  # None: a GPU where there is one
     split: str = "test",  # or "challenge": EPIC-KITCHENS' list without labels
+    trust_code: bool = False,  # run the code that the run's folder names
 ) -> Scores:  # float32 logits, of the kinds that the run is for
     "Logits of the segments that have features. Raises `DataError` if the run is not finished or its data are not there."
     if not (from_root(folder) / "metrics.json").exists():
@@ -67,7 +68,7 @@ def scores_of_run(
     if dataset not in (c.dataset, *c.targets):
         raise DataError(f"{folder} knows nothing of {dataset!r}; it was evaluated on {', '.join([c.dataset, *c.targets])}")
     c = replace(c, targets=[] if dataset == c.dataset else [dataset])
-    data, method = restore(replace(run, config=c), pick_device(device))
+    data, method = restore(replace(run, config=c), pick_device(device), trust_code)
     asked, text = data.split(dataset, split), data.text[dataset]
     with torch.inference_mode():
         parts = [split_logits(method(batch, sum_classes(text)).float().cpu(), text) for _, batch in test_batches(asked, c)]
@@ -317,9 +318,10 @@ def submission_of_runs(
     supervision: tuple[int, int, int],  # as in `write_submission`
     device: str | None = "cpu",
     split: str = "test",  # "test": the validation list, which `score_submission` can score; "challenge": the list that the challenge scores
+    trust_code: bool = False,  # run the code that the folders name
 ) -> Path:
     "From two finished runs to a submission. Raises `DataError` if a segment has no features."
-    own = scores_of_run(noun, "epic", device, split)
-    scores = join_scores(own, own if from_root(noun) == from_root(verb) else scores_of_run(verb, "epic", device, split))
+    own = scores_of_run(noun, "epic", device, split, trust_code)
+    scores = join_scores(own, own if from_root(noun) == from_root(verb) else scores_of_run(verb, "epic", device, split, trust_code))
     root = dataset_root(RunResult.read(from_root(noun)).config, "epic")
     return write_submission(path, scores.of(read_segments("epic", root, split).segment_id.tolist()), supervision)

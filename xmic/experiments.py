@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Sequence
 
 import pandas as pd
 
-from .files import DataError, brief, code_name, code_sha256, did_you_mean, features_folder, from_root, read_json
+from .files import DataError, brief, code_name, code_sha256, did_you_mean, features_folder, from_root, is_code, markdown_code, markdown_text, read_json
 from .paper import PRINTED, printed
 from .segments import _EGO4D_FOLDERS, _EGO4D_SOURCE, _EGTEA_FOLDERS, _EGTEA_SOURCE, _EPIC_FOLDERS, _EPIC_SOURCE, _find, read_segments
 
@@ -112,10 +112,54 @@ def _changed(p: Profile) -> Profile:
         return p
     changes, own = read_json(path, dict), [f.name for f in fields(Profile) if f.name not in ("name", "size", "data")]
     for key, value in changes.items():
-        if key not in own or type(value) is not type(getattr(p, key)) and not isinstance(getattr(p, key), tuple):
+        before = getattr(p, key, None)
+        if key not in own or type(value) is not (list if isinstance(before, tuple) else type(before)):
             raise DataError(f"{path}: {brief(key)}={brief(repr(value))} cannot be set; it may hold {', '.join(own)}{did_you_mean(key, own)}")
+    if faults := _shape_faults(changes) + [fault for key, value in changes.items() for fault in _place_faults(path.parent, key, key, value)]:
+        raise DataError.rows(f"{path}: it holds settings, and may name neither code nor places outside of its folder", faults)
+    changes = {key: _placed(path.parent, key, value) for key, value in changes.items()}
     merged: dict[str, Any] = {k: {**getattr(p, k), **v} if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
     return replace(p, **merged)
+
+# %% ../nbs/33_experiments.ipynb #b9c0d1e2
+_PLACES = ("features_root", "runs_root", "reports")  # of a profile
+_WEIGHTS = ("weights", "context_weights")
+_ELSEWHERE = ("data_root", "target_roots", "features_root", "runs_root", "name", "code", "boxes")  # of single runs and extractions: the profile says it
+
+
+def _inside(folder: Path, place: str) -> Path | None:  # None: it is outside
+    path = Path(os.path.normpath(folder / place))
+    return path if path != folder and path.resolve().is_relative_to(folder.resolve()) and re.fullmatch(r"[\w.+@/\\:-]+", place) else None
+
+
+def _place_faults(folder: Path, where: str, name: str, value: Any) -> list[str]:
+    "What a profile must not name, by where it stands."
+    if where != name and name in _ELSEWHERE: return [f"{brief(where)}={brief(repr(value))} cannot be set here: it follows from the profile"]
+    if isinstance(value, dict):
+        return [fault for key, part in value.items() for fault in _place_faults(folder, f"{where}.{key}", key, part)]
+    if isinstance(value, list):
+        return [fault for part in value for fault in _place_faults(folder, where, name, part)]
+    shown = f"{brief(where)}={brief(repr(value))}"
+    if is_code(value): return [f"{shown} is code; name it in a call of your own"]
+    if name in _PLACES and not _inside(folder, str(value)): return [f"{shown} is no place within {folder}, of letters, digits, '-', '_', '.' and '/'"]
+    if name in _WEIGHTS and _is_path(value) and not _inside(folder, value): return [f"{shown} is no file within {folder}"]
+    return []
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and any(sign in value for sign in "/\\")
+
+
+def _placed(folder: Path, name: str, value: Any) -> Any:
+    "The value with its paths made absolute."
+    if isinstance(value, dict): return {key: _placed(folder, key, part) for key, part in value.items()}
+    return str(_inside(folder, value)) if name in _PLACES or name in _WEIGHTS and _is_path(value) else value
+
+
+def _shape_faults(changes: dict[str, Any]) -> list[str]:
+    kinds = [f"encoders.{brief(role)}" for role, own in changes.get("encoders", {}).items() if not isinstance(own, dict) or not isinstance(own.get("encoder"), str)]
+    kinds += [f"methods.{brief(method)}" for method, own in changes.get("methods", {}).items() if not isinstance(own, dict)]
+    return [f"{where} must be settings by name" + " with an encoder among them" * where.startswith("encoders") for where in kinds]
 
 # %% ../nbs/33_experiments.ipynb #44e93d6b
 @dataclass(frozen=True)
@@ -444,11 +488,11 @@ def introduction(
     "What the numbers of a report are, and what they are not."
     p, several = made.profile, made.seeds > 1
     if p.name == "mini":
-        about = (f"**{p.note}** The world was rendered by the kit: three first-person datasets in the official file formats of EPIC-KITCHENS-100, Ego4D and "
-                 f"EGTEA (size `{p.size}`), recognised through a small CLIP that was pretrained on rendered third-person pictures. Everything else is the code "
+        about = (f"**{markdown_text(p.note)}** The world was rendered by the kit: three first-person datasets in the official file formats of EPIC-KITCHENS-100, Ego4D and "
+                 f"EGTEA (size {markdown_code(p.size)}), recognised through a small CLIP that was pretrained on rendered third-person pictures. Everything else is the code "
                  f"that real data goes through.")
     else:
-        about = (f"These numbers are from the real datasets in `{p.data}`. {p.note} The paper states neither seeds nor intervals, so a difference is not a "
+        about = (f"These numbers are from the real datasets in {markdown_code(p.data)}. {markdown_text(p.note)} The paper states neither seeds nor intervals, so a difference is not a "
                  f"verdict by itself.")
     return (f"{about}\n\nEvery cell is a top-1 accuracy in per cent, or the harmonic mean (hm) of the two before it: "
             + (f"mean ± standard deviation over {made.seeds} seeds ({' and '.join(_names(p.one_seed))}: one seed). " if several and p.one_seed else

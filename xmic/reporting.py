@@ -24,7 +24,7 @@ from matplotlib.patches import Rectangle
 
 from .classes import clean_ego4d, clean_egtea, clean_epic
 from .clips import wanted_frames
-from .files import DataError, from_root, read_json, whole_file
+from .files import DataError, check_trust, from_root, latex_text, markdown_text, read_json, whole_file
 from .paper import PRINTED, harmonic_mean, over_seeds, printed
 from .segments import read_classes, read_segments
 from .video import frame_indices, probe, read_frames
@@ -89,18 +89,21 @@ def plot_segments(
     rows: int = 3,  # segments that were recognised, and as many that were not
     frames: int = 6,  # frames of each
     dataset: str | None = None,  # None: the source
+    trust_code: bool = False,  # run the reader of data that the run names, where that is code
 ) -> Figure:
     "Strips of frames of segments that were recognised (green) and that were not (red), the surest first."
     from xmic.training import dataset_root
 
     dataset = dataset or run.config.dataset
+    root = dataset_root(run.config, dataset)
+    check_trust({f"{run.folder / 'config.json'}, data of {dataset}": root}, trust_code)
     predictions = pd.read_csv(run.folder / "predictions.csv")
     predictions = predictions[predictions.dataset == dataset].sort_values("confidence", ascending=False, kind="stable")
     right = predictions[predictions.predicted == predictions.label].head(rows)
     wrong = predictions[predictions.predicted != predictions.label].head(rows)
     chosen = pd.concat([right, wrong])
-    segments = read_segments(dataset, dataset_root(run.config, dataset), "test").set_index("segment_id")
-    names = {k: read_classes(dataset, dataset_root(run.config, dataset), k).names for k in set(chosen.kind)}
+    segments = read_segments(dataset, root, "test").set_index("segment_id")
+    names = {k: read_classes(dataset, root, k).names for k in set(chosen.kind)}
     fig, axes = plt.subplots(len(chosen), 1, figsize=(1.5 * frames, 1.15 * len(chosen)), squeeze=False, constrained_layout=True)
     for row, ax in zip(chosen.itertuples(), axes[:, 0]):
         good = row.predicted == row.label
@@ -292,11 +295,11 @@ def to_markdown(
     note: str = "",  # stands below the table
 ) -> str:
     "The table as GitHub shows it."
-    parts = [f"### {title}"] if title else []
+    parts = [f"### {markdown_text(title)}"] if title else []
     for source, page in layout(table).items():
-        flat = page.set_axis([f"{kind} {column}" for kind, column in page.columns], axis=1)
-        parts += [f"Source: {source}", flat.to_markdown(colalign=("left", *["right"] * len(flat.columns)), disable_numparse=True)]
-    return "\n\n".join([*parts, *([note] if note else [])]) + "\n"
+        flat = page.rename(index=markdown_text).set_axis([markdown_text(f"{kind} {column}") for kind, column in page.columns], axis=1)
+        parts += [f"Source: {markdown_text(source)}", flat.to_markdown(colalign=("left", *["right"] * len(flat.columns)), disable_numparse=True)]
+    return "\n\n".join([*parts, *([markdown_text(note)] if note else [])]) + "\n"
 
 
 def to_html(
@@ -304,7 +307,7 @@ def to_html(
 ) -> str:
     "The table as a notebook shows it."
     pages = layout(table, "html").items()
-    return "\n".join(f"<p>Source: {source}</p>\n" + page.rename(index=escape).to_html(escape=False, border=0) for source, page in pages)
+    return "\n".join(f"<p>Source: {escape(source)}</p>\n" + page.rename(index=escape, columns=escape).to_html(escape=False, border=0) for source, page in pages)
 
 
 def to_latex(
@@ -318,7 +321,7 @@ def to_latex(
         styler = page.style.format_index(escape="latex").format_index(escape="latex", axis=1)
         columns = "l" + "c" * len(page.columns)
         parts.append(styler.to_latex(hrules=True, column_format=columns, multicol_align="c", position="t",
-                                     caption=f"{title}. Source: {source}. {note}".replace("%", "\\%").strip(". ") + "."))
+                                     caption=latex_text(f"{title}. Source: {source}. {note}".strip(". ") + ".")))
     return "% needs \\usepackage{booktabs}\n" + "\n".join(parts)
 
 # %% ../nbs/27_reporting.ipynb #66c7971d
@@ -373,7 +376,7 @@ def links(
         for name in part.runs.iloc[0]:
             folder = Path(os.path.relpath(from_root(runs_root) / name, from_root(page))).as_posix()
             files = " ".join(f'<a href="{quote(f"{folder}/{file}")}">{file}</a>' for file in ("train.ipynb", "config.json", "metrics.json"))
-            rows.append(f"<tr><td>{source}</td><td>{escape(f'{method} {variant}'.strip())}</td><td>{kind}</td><td>{escape(name)}</td><td>{files}</td></tr>")
+            rows.append(f"<tr><td>{escape(source)}</td><td>{escape(f'{method} {variant}'.strip())}</td><td>{escape(kind)}</td><td>{escape(name)}</td><td>{files}</td></tr>")
     stem = f"table{cells.table.iloc[0]}"
     files = " · ".join(f'<a href="{stem}.{ending}" download>{word}</a>' for ending, word in (("csv", "CSV"), ("tex", "LaTeX"), ("md", "Markdown"), ("svg", "figure")))
     return f"<p>{files}</p><details><summary>The runs behind it</summary><table>{''.join(rows)}</table></details>"
