@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['brief', 'DataError', 'project_root', 'from_root', 'data_folder', 'features_folder', 'cache_folder', 'writable',
-           'one_at_a_time', 'remove_leftovers', 'whole_file', 'write_json', 'parse_json', 'read_json', 'read_text',
-           'read_table', 'check_pickle', 'check_archive', 'did_you_mean', 'settings', 'notebook_settings',
+           'one_at_a_time', 'remove_leftovers', 'whole_file', 'write_json', 'parse_json', 'read_json', 'check_output',
+           'read_text', 'read_table', 'check_pickle', 'check_archive', 'did_you_mean', 'settings', 'notebook_settings',
            'progress_bar', 'is_code', 'code_name', 'code_file', 'code_sha256', 'load_code']
 
 # %% ../nbs/00_files.ipynb #951bf47b
@@ -246,6 +246,36 @@ def _once(pairs: list[tuple[str, Any]]) -> dict:
     if len(found) < len(pairs):
         raise ValueError(f"{brief(repr(Counter(key for key, _ in pairs).most_common(1)[0][0]))} stands twice in one place")
     return found
+
+# %% ../nbs/00_files.ipynb #2ac333f8
+def check_output(
+    path: str | Path,  # a file that is to be written
+    inputs: Iterable[str | Path] = (),  # what it is made from: files, and folders with all that is in them; those that do not exist do no harm
+    overwrite: bool = False,  # whether an existing file may be overwritten
+    option: str = "overwrite=True",  # how to ask for that, for the message
+) -> None:
+    "Raises `DataError` if an output is one of the inputs, also by a link, exists already, or cannot lie where it should."
+    if os.path.isdir(path):
+        raise DataError(f"{path} is a folder: name a file")
+    above = next(folder for folder in Path(os.path.abspath(path)).parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise DataError(f"{path} cannot be written: {above} is a file, not a folder")
+    if not os.path.lexists(path): return
+    if same := next((one for one in _with_contents(inputs) if _same_file(one, path)), None):
+        raise DataError(f"{path} is an input{'' if str(same) == str(path) else f' ({same})'}, and inputs are never overwritten: name another file")
+    if not overwrite:
+        raise DataError(f"{path} exists already: name another file, or overwrite it with {option}")
+
+
+def _with_contents(places: Iterable[str | Path]) -> Iterator[str | Path]:
+    for place in places:
+        yield place
+        yield from (os.path.join(folder, name) for folder, _, names in os.walk(place) for name in names)
+
+
+def _same_file(one: str | Path, other: str | Path) -> bool:
+    with suppress(OSError, ValueError): return os.path.samefile(one, other)
+    return False
 
 # %% ../nbs/00_files.ipynb #b97b0664
 def read_text(
