@@ -191,9 +191,10 @@ def output_names(
 
 def _to_tell_apart(paths: list[Path], names: list[str], depth: list[int]) -> list[int]:
     "The places of those that share a name with a video of another folder, and can get one more folder in front."
-    folders: dict[str, set[Path]] = {}
-    for path, name in zip(paths, names): folders.setdefault(name.casefold(), set()).add(path.parent)
-    return [i for i, path in enumerate(paths) if len(folders[names[i].casefold()]) > 1 and depth[i] + 2 < len(path.parts)]
+    keys = [(name.casefold(), n) for name, n in zip(names, depth)]
+    folders: dict[tuple[str, int], set[Path]] = {}
+    for key, path in zip(keys, paths): folders.setdefault(key, set()).add(path.parent)
+    return [i for i, path in enumerate(paths) if len(folders[keys[i]]) > 1 and depth[i] + 2 < len(path.parts)]
 
 
 def _numbered(names: list[str]) -> list[str]:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IN_FLIGHT', 'write_shard', 'read_shard', 'shard_name', 'read_checked', 'StoredView', 'FailureLog', 'FeatureStore',
-           'ExtractReport', 'manifest_of', 'file_size', 'Timed', 'extract', 'ExtractConfig', 'resize_policy',
-           'dataset_store', 'hand_boxes', 'extract_dataset']
+           'ExtractReport', 'manifest_of', 'check_extraction', 'file_size', 'Timed', 'extract', 'ExtractConfig',
+           'resize_policy', 'dataset_store', 'hand_boxes', 'extract_dataset']
 
 # %% ../nbs/14_features.ipynb #f0d2f427
 import hashlib
@@ -482,18 +482,40 @@ def manifest_of(
 
 
 def _open_view(store: FeatureStore, view: str, manifest: dict) -> None:
+    "Begins a view where there is none; one that is begun meanwhile by another is compared with this one."
     path = store.root / view / "manifest.json"
     if not path.exists():
-        with one_at_a_time(path.parent):  # of two that begin at once, the second is compared with the first
-            if not path.exists():
-                if _shards(path.parent):
-                    raise DataError(f"{path.parent} holds shards but no manifest.json, which says how they were made: move that folder away and extract again")
-                return write_json(path, manifest)
+        with one_at_a_time(path.parent):
+            if not path.exists(): write_json(path, manifest)
+    _check_view(store, view, manifest)
+
+
+def _check_view(store: FeatureStore, view: str, manifest: dict) -> None:
+    "Raises `DataError` for a view that was begun with other settings. Writes nothing."
+    path = store.root / view / "manifest.json"
+    if not path.exists():
+        if path.parent.is_dir() and _shards(path.parent):
+            raise DataError(f"{path.parent} holds shards but no manifest.json, which says how they were made: move that folder away and extract again")
+        return
     there, told_apart_by_the_fingerprint = read_json(path), ("torch", "open_clip", "weights")
     _width(path, there)
     if other := [k for k in manifest if there.get(k) != manifest[k] and k not in told_apart_by_the_fingerprint]:
         raise DataError(f"{path.parent} was made with other settings ({'; '.join(f'{k}: {there.get(k)}, now {manifest[k]}' for k in other)}): "
                         f"choose another features_root, or delete that folder")
+
+# %% ../nbs/14_features.ipynb #58a4f766
+def check_extraction(
+    views: Sequence[str],
+    feature_fps: float | None,
+    workers: int,
+) -> None:
+    "Raises `DataError` for settings that nothing can be extracted with."
+    if not views or (odd := [view for view in views if view not in ("full", "hand")]):
+        raise DataError(f"views={list(views)}: " + (f"{odd[0]!r} is neither 'full' nor 'hand'" if views else "name 'full', 'hand' or both"))
+    if feature_fps is not None and not feature_fps > 0:
+        raise DataError(f"feature_fps={feature_fps} must be above 0; without it, every frame is taken")
+    if workers < 0:
+        raise DataError(f"workers={workers} must not be negative; 0 decodes in this process")
 
 # %% ../nbs/14_features.ipynb #6365b9bd
 def file_size(
@@ -715,6 +737,7 @@ def extract(
     if not any(os.path.exists(path) for path in segments.video_path.unique()):
         raise DataError(f"none of the {segments.video_path.nunique():,} videos is there, the first should be {segments.video_path.iloc[0]}: "
                         f"see data/README.md for where they are expected")
+    check_extraction(views, feature_fps, workers)
     clip_frames = {e.clip_frames for e in encoders}
     if len(clip_frames) > 1:
         raise DataError(f"these encoders read clips of {' and '.join(map(str, sorted(clip_frames)))} frames: extract for one after the other")
@@ -724,9 +747,9 @@ def extract(
     on_gpu = all(e.device.type == "cuda" for e in encoders)
     if resize_on == "auto": resize_on = "device" if on_gpu else "workers"
     begin, report = time.perf_counter(), ExtractReport(segments)
-    for e, s in zip(encoders, stores):
-        for v in views:
-            _open_view(s, v, manifest_of(e, v, feature_fps, backend, boxes))
+    manifests = [(s, v, manifest_of(e, v, feature_fps, backend, boxes)) for e, s in zip(encoders, stores) for v in views]
+    for s, v, manifest in manifests: _check_view(s, v, manifest)
+    for s, v, manifest in manifests: _open_view(s, v, manifest)
     tasks = [ClipTask(video, tuple(rows), views, tuple(e.preprocess for e in encoders), feature_fps, boxes, backend, whole_files,
                       clip_frames=n, whole_frames=resize_on == "device")
              for video, rows in _left_to_do(segments, stores, views, report).items()]

@@ -30,7 +30,7 @@ from torchvision.transforms.v2.functional import resized_crop
 from .clips import Clip, ClipTask, Failed, Pixels, clip_pixels
 from .distributed import deal_videos
 from .encoders import create_encoder
-from .features import ExtractConfig, ExtractReport, FailureLog, Timed, file_size, hand_boxes, resize_policy, shard_name
+from .features import ExtractConfig, ExtractReport, FailureLog, Timed, check_extraction, file_size, hand_boxes, resize_policy, shard_name
 from .files import DataError, brief, data_folder, features_folder, parse_json, progress_bar, read_json, whole_file, write_json
 from .hands import HandBoxes
 from .pixels import Preprocess
@@ -255,7 +255,8 @@ def _check_room(folder: Path, todo: dict[str, list], side: int, fps: float | Non
         for s in sorted(rows, key=lambda s: (s.video_path, s.start_sec)):
             seconds += max(0.0, s.stop_sec - max(s.start_sec, end)) if s.start_sec < end else s.stop_sec - s.start_sec
             end = max(end, s.stop_sec)
-    needed, free = seconds * rate * side * side * 3, shutil.disk_usage(folder).free
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    needed, free = seconds * rate * side * side * 3, shutil.disk_usage(there).free
     if needed > free:
         raise DataError(f"{folder}: {seconds:,.0f} seconds at {rate:g} frames of {side} x {side} pixels are {needed / 1e9:,.1f} GB, and "
                         f"{free / 1e9:,.1f} GB are free: choose a lower feature_fps, or another disk for features_root")
@@ -316,6 +317,9 @@ def store_frames(
         raise DataError(f"none of the {segments.video_path.nunique():,} videos is there, the first should be {segments.video_path.iloc[0]}: "
                         f"see data/README.md for where they are expected")
     begin, report, folder = time.perf_counter(), ExtractReport(segments), Path(folder)
+    check_extraction([view], feature_fps, workers)
+    if not (folder / "manifest.json").exists():
+        _check_room(folder, {} if whole_files else {v: list(rows.itertuples()) for v, rows in segments.groupby("video_id")}, preprocess.size, feature_fps)
     resize = "shortest" if view == "hand" else preprocess.resize
     store = _open_folder(folder, dict(
         fingerprint=folder.parents[1].name, view=view, size=preprocess.size, resize=resize, interpolation=preprocess.interpolation,

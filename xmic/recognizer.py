@@ -31,7 +31,7 @@ from .classes import ClassSet
 from .clips import READ_AT_ONCE, wanted_frames
 from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts
 from .features import resize_policy
-from .files import DataError, brief, cache_folder, code_name, from_root, read_json, read_text, settings, whole_file, write_json
+from .files import DataError, brief, cache_folder, check_output, code_name, from_root, read_json, read_text, settings, whole_file, write_json
 from .hands import Box, HandBoxes, HandDetector, on_frame
 from .streams import Batch
 from .training import PIXELS, TrainConfig, build_method, load_trained, reads_context, resolve_saved, text_tower
@@ -451,6 +451,7 @@ class Recognizer:
         self.methods = {kind: method.to(encoder.device).eval() for kind, method in methods.items()}
         self.plain = ZeroShot(float(encoder.logit_scale or 100.0)).to(encoder.device)
         self._text = _Texts(encoder)
+        self._folders: list[Path] = []  # that the adapters were read from
 
     @classmethod
     def from_pretrained(cls,
@@ -477,7 +478,9 @@ class Recognizer:
                 raise DataError(f"{path}: no such file; {path.parent} is neither a finished run nor a saved recognizer")
             methods[kind] = build_method(config, encoder.dim, context.dim, float(encoder.logit_scale), text_tower(config, encoder), encoder=encoder)
             load_trained(methods[kind], path)
-        return cls(encoder, methods, {kind: config for kind, (config, _) in saved.items()}, context, metrics)
+        made = cls(encoder, methods, {kind: config for kind, (config, _) in saved.items()}, context, metrics)
+        made._folders = places
+        return made
 
     @classmethod
     def zero_shot(cls,
@@ -496,12 +499,17 @@ class Recognizer:
                         license: str | None = None,  # as the Hub writes them, such as "cc-by-nc-4.0"; None: "other", of the kit's rendered data "mit"
                         made: str = "",  # how it was made, a paragraph for the card
                         name: str | None = None,  # on the card; None: the folder's
+                        overwrite: bool = False,  # whether a recognizer that is there may be overwritten
                        ) -> None:
-        "Writes the adapters, how to build them, and a model card (README.md); the frozen encoder is named, not copied. `DataError` without an adapter."
+        """Writes the adapters, how to build them, and a model card (README.md); the frozen encoder is named, not copied.
+
+        `DataError` without an adapter, and for files that exist or that this recognizer was read from."""
         if not self.methods:
             raise DataError("there is no adapter to save: zero-shot needs nothing but the encoder's name")
         folder, license = Path(folder), license or ("mit" if all(map(_rendered, self.configs.values())) else "other")
         card = _card(name or folder.name, self.encoder, self.configs, self.metrics, license, made)
+        for file in (*(f"{kind}.safetensors" for kind in self.methods), "config.json", "README.md"):
+            check_output(folder / file, [*self._folders, self.encoder.weights, self.context.weights], overwrite)
         for kind, method in self.methods.items():
             with whole_file(folder / f"{kind}.safetensors") as part:
                 save_file({k: v.contiguous().cpu() for k, v in method.state_dict().items()}, part)

@@ -474,8 +474,8 @@ class RunData:
         return features_folder(self.config.features_root)
 
     def embed(self, classes: ClassSet) -> ClassEmbeddings:
-        "The frozen text embeddings of a class set, from the cache where they have been made before."
-        return embed_prompts(self.encoder, classes, self.config.template, self.features / "text").to(self.device)
+        "The frozen text embeddings of a class set, from the cache where they have been made before. Without features there is no place for one."
+        return embed_prompts(self.encoder, classes, self.config.template, self.features / "text" if self.features.is_dir() else None).to(self.device)
 
     def store(self, encoder: Encoder, dataset: str) -> FeatureStore:
         return dataset_store(self.features, encoder, self.config.resize, dataset)
@@ -940,19 +940,24 @@ def _in_order(tables: list[pd.DataFrame], order: np.ndarray) -> pd.DataFrame:
     return pd.concat(tables).sort_values("position", key=lambda p: place[p], ignore_index=True)
 
 # %% ../nbs/23_training.ipynb #e597bce9
-def _claim(folder: Path, config: TrainConfig) -> None:
-    "Makes the run's folder; refuses one that holds a run with other settings."
+def _check_claim(folder: Path, config: TrainConfig) -> None:
+    "Raises `DataError` for a folder that holds a run with other settings. Writes nothing."
     path, ours = folder / "config.json", asdict(config)
     if path.exists():
         theirs = asdict(TrainConfig()) | read_json(path)
         if other := [k for k in ours if k not in ("progress", "tensorboard", "resident", "name", "runs_root") and theirs.get(k) != ours[k]]:
             raise DataError(f"{folder} holds a run with other settings ({', '.join(f'{k}: {theirs.get(k)!r}, now {ours[k]!r}' for k in other[:5])}): "
                             f"choose another name, or delete it")
-    else:
+
+
+def _claim(folder: Path, config: TrainConfig) -> None:
+    "Makes the run's folder, once nothing speaks against the run any more."
+    _check_claim(folder, config)
+    if not (folder / "config.json").exists():
         for reference, sha256 in config.code.items():
             with whole_file(_kept(folder, reference, sha256)) as part:
                 part.write_bytes(code_file(reference).read_bytes())
-        write_json(path, ours)
+        write_json(folder / "config.json", asdict(config))
 
 
 def _kept(folder: Path, reference: str, sha256: str) -> Path:
@@ -1025,11 +1030,8 @@ def _found(checkpoint: Path, trainer: Trainer) -> dict | None:
         return None
 
 
-def _fit(config: TrainConfig, folder: Path, data: RunData, tests: dict[str, Split], method: nn.Module, log: Log,
-         ) -> tuple[nn.Module, dict | None, list[dict]]:
+def _fit(config: TrainConfig, folder: Path, trainer: Trainer, selection: Selection | None, log: Log) -> dict | None:  # the selected epoch
     "Trains to the last epoch, saving a checkpoint after each; the method ends up with the selected weights."
-    trainer = Trainer(config, method, data.text[config.dataset], data.split(config.dataset, "train"), data.device)
-    selection = _selection(config, trainer, data, tests)
     checkpoint = folder / "checkpoint.pt"
     if state := from_first(lambda: _found(checkpoint, trainer)):
         trainer.resume(state, selection)
@@ -1047,11 +1049,9 @@ def _fit(config: TrainConfig, folder: Path, data: RunData, tests: dict[str, Spli
             log("train", line, line["epoch"])
             bar.set_postfix(loss=f"{line['loss']:.3f}", top1=f"{line['train_top1']:.1f}%", refresh=False)
             bar.update()
-    selected = None
-    if selection:
-        method.load_state_dict(selection.best["state"])
-        selected = dict(epoch=selection.best["epoch"], value=selection.best["value"])
-    return method, selected, trainer.history
+    if selection is None or selection.best is None: return None
+    trainer.method.load_state_dict(selection.best["state"])
+    return dict(epoch=selection.best["epoch"], value=selection.best["value"])
 
 # %% ../nbs/23_training.ipynb #4a937386
 def _evaluate_all(config: TrainConfig, folder: Path, data: RunData, tests: dict[str, Split], method: nn.Module) -> dict:
@@ -1083,7 +1083,7 @@ def train(
     config = resolve(config)
     folder = run_folder(config)
     if is_first():
-        _claim(folder, config)
+        _check_claim(folder, config)
     if from_first((folder / "metrics.json").exists):
         return from_first(lambda: RunResult.read(folder))
     begin = time.perf_counter()
@@ -1091,13 +1091,19 @@ def train(
     with first_ahead():
         data = data or RunData(config, device)
     tests = {d: data.split(d, "test") for d in [config.dataset, *config.targets]}
-    history: list[dict] = []
     method, selected = data.method().to(device), None
     if is_code(config.method):
         check_method(method, config, tests, data.text)
+    trainer, selection = None, None
+    if config.method not in UNTRAINED and trained_parameters(method):
+        trainer = Trainer(config, method, data.text[config.dataset], data.split(config.dataset, "train"), data.device)
+        selection = _selection(config, trainer, data, tests)
+    if is_first():
+        _claim(folder, config)
     with _event_files(config, folder) as log:
-        if config.method not in UNTRAINED and trained_parameters(method):
-            method, selected, history = _fit(config, folder, data, tests, method, log)
+        if trainer:
+            selected = _fit(config, folder, trainer, selection, log)
+        history = trainer.history if trainer else []
         metrics = _evaluate_all(config, folder, data, tests, method)
         for dataset, kinds in metrics["results"].items():
             for kind, measured in kinds.items():
@@ -1180,9 +1186,10 @@ def evaluate_run(
         raise DataError("the run cannot be evaluated with these settings:\n  " + "\n  ".join(faults))
     key = hashlib.sha256(json.dumps([c.targets, c.template, c.target_roots, c.features_root]).encode()).hexdigest()[:8]
     folder = trained.folder / "evaluations" / key
-    write_json(folder / "config.json", asdict(c))
     device = pick_device(config.device)
     data, method = restore(replace(trained, config=c), device)
-    metrics = _evaluate_all(c, folder, data, {d: data.split(d, "test") for d in [source, *targets]}, method)
+    tests = {d: data.split(d, "test") for d in [source, *targets]}
+    write_json(folder / "config.json", asdict(c))
+    metrics = _evaluate_all(c, folder, data, tests, method)
     write_json(folder / "metrics.json", dict(metrics, run=str(trained.folder.name), versions=provenance(device)))
     return RunResult.read(folder)
