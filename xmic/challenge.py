@@ -322,7 +322,7 @@ def submission_of_runs(
     overwrite: bool = False,  # whether a file that exists may be overwritten
 ) -> Path:
     "From two finished runs to a submission. Raises `DataError` if a segment has no features, or the file exists or lies in one of the runs."
-    check_output(from_root(path), [from_root(noun), from_root(verb)], overwrite)
+    check_output(from_root(path), [file for run in (noun, verb) for file in from_root(run).glob("*") if file.suffix != ".zip"], overwrite)
     own = scores_of_run(noun, "epic", device, split)
     scores = join_scores(own, own if from_root(noun) == from_root(verb) else scores_of_run(verb, "epic", device, split))
     root = dataset_root(RunResult.read(from_root(noun)).config, "epic")
