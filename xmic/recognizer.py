@@ -508,7 +508,7 @@ class Recognizer:
             raise DataError("there is no adapter to save: zero-shot needs nothing but the encoder's name")
         folder, license = Path(folder), license or ("mit" if all(map(_rendered, self.configs.values())) else "other")
         card = _card(name or folder.name, self.encoder, self.configs, self.metrics, license, made)
-        inputs = [self.encoder.weights, self.context.weights, *(file for place in self._folders for file in place.glob("*"))]
+        inputs: list[str | Path] = [self.encoder.weights, self.context.weights, *(file for place in self._folders for file in place.glob("*"))]
         for file in (*(f"{kind}.safetensors" for kind in self.methods), "config.json", "README.md"):
             check_output(folder / file, inputs, overwrite)
         for kind, method in self.methods.items():

@@ -271,6 +271,7 @@ def _sound(source: Any, tracks: dict[int, _Track]) -> Iterator[tuple[float, av.P
     try:
         for packet in source.demux([track.source for track in tracks.values()]) if tracks else ():
             track = tracks[packet.stream.index]
+            made: Any
             for made in track.copied(packet) if track.source.codec_context.name in _COPIED else track.encoded(packet):
                 yield float(made.dts * made.time_base), made
     except (av.error.FFmpegError, OSError) as e:
@@ -296,7 +297,7 @@ def _pictures(line: Timeline, stream: Any, times: np.ndarray, shown: np.ndarray,
     yield from _timed(stream.encode(), lasts)
 
 
-def _timed(packets: list[av.Packet], lasts: dict[int, int]) -> Iterator[tuple[float, av.Packet]]:
+def _timed(packets: list[Any], lasts: dict[int, int]) -> Iterator[tuple[float, av.Packet]]:
     for packet in packets:
         packet.duration = lasts.get(packet.pts, packet.duration)
         yield float(packet.dts * packet.time_base), packet
