@@ -81,6 +81,18 @@ def test_the_file_is_the_published_one(scores, tmp_path):
     assert path.read_bytes() == write_submission(tmp_path / "again.zip", scores, (5, 3, 2)).read_bytes()
 
 
+def test_a_submission_overwrites_nothing_unasked(scores, tmp_path):
+    path = tmp_path / "submission.zip"
+    path.write_text("mine")
+    with pytest.raises(DataError, match="exists already.*overwrite=True"): write_submission(path, scores, (5, 3, 2))
+    assert path.read_text() == "mine"
+    assert write_submission(path, scores, (5, 3, 2), overwrite=True).stat().st_size > 100
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "predictions.csv").write_text("a run's")
+    with pytest.raises(DataError, match="is an input"):
+        submission_of_runs(tmp_path / "run" / "predictions.csv", tmp_path / "run", tmp_path / "run", (5, 3, 2), overwrite=True)
+
+
 @pytest.mark.parametrize("actions", [True, False])
 def test_what_was_written_is_read(scores, tmp_path, actions):
     path = write_submission(tmp_path / "s.zip", scores, (0, 1, 2), actions)

@@ -26,7 +26,7 @@ def fail_at(rank: int, epoch: int, how: str) -> None:
     run_epoch = Trainer.run_epoch
 
     def failing(self):
-        if self.epoch + 1 == epoch and int(os.environ["RANK"]) == rank:
+        if self.epoch + 1 == epoch and int(os.environ.get("RANK", 0)) == rank:
             if how == "killed": os.kill(os.getpid(), signal.SIGKILL)
             raise DataError(f"the disk of process {rank} is gone")
         return run_epoch(self)
@@ -191,6 +191,25 @@ def test_a_run_goes_on_in_another_number_of_processes(start, made, tmp_path):
     assert not (tmp_path / "broken/checkpoint.pt").exists()
     before = contents(tmp_path / "broken")
     assert start("train", broken, 2)[0] == [0, 0] and contents(tmp_path / "broken") == before
+
+
+@pytest.mark.parametrize("case", ["X-MIC", "in parts of a batch, some classes", "learned prompts"])
+def test_who_goes_on_after_a_stop_makes_no_difference(start, made, tmp_path, case):
+    "Stopped behind the first epoch: the same number of processes ends in the same bits, another number as near as one and two processes are."
+    runs = {}
+    for stages in ((1,), (2,), (1, 1), (2, 2), (2, 1), (1, 2)):
+        name = "-".join(map(str, stages))
+        values = settings(made, tmp_path, name=name, **CASES[case])
+        if len(stages) > 1:
+            assert all(start("train", values, stages[0], (0, 2, "killed"))[0]) and (tmp_path / name / "checkpoint.pt").exists()
+        codes, said = start("train", values, stages[-1])
+        assert not any(codes), said
+        runs[name] = RunResult.read(tmp_path / name)
+    losses = {name: run.history.loss.to_numpy() for name, run in runs.items()}
+    for one, other in (("1", "1-1"), ("2", "2-2")):
+        assert (losses[one] == losses[other]).all()
+        assert (runs[one].folder / "model.safetensors").read_bytes() == (runs[other].folder / "model.safetensors").read_bytes()
+    for name in losses: np.testing.assert_allclose(losses[name], losses["1"], rtol=3e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("rank", [0, 2])

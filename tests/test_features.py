@@ -116,6 +116,21 @@ def test_faulty_videos_are_noted_and_the_rest_is_extracted(tmp_path):
     assert mended.extracted == 1 and "missing_0" not in store.failures("full")
 
 
+@pytest.mark.parametrize("changes", [
+    dict(views=["hnd"]), dict(views=[]), dict(feature_fps=-1.0), dict(feature_fps=0.0), dict(workers=-1), dict(backend="gstreamer"), dict(resize_on="nowhere"),
+    dict(boxes="nowhere.csv"), dict(weights="nowhere/clip.pt"), dict(splits=["trian"]), dict(data_root="nowhere"), dict(rank=3), dict(clip_frames=3)])
+def test_an_extraction_that_did_not_start_leaves_nothing(world, tmp_path, changes):
+    with pytest.raises(DataError): extract_dataset(config(world, tmp_path / "features", **changes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_view_that_cannot_be_begun_leaves_no_other(world, tmp_path):
+    extract_dataset(config(world, tmp_path, views=["full"], feature_fps=5.0))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match="other settings"): extract_dataset(config(world, tmp_path, views=["hand", "full"]))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_other_settings_are_refused(world, tmp_path):
     extract_dataset(config(world, tmp_path, feature_fps=5.0))
     with pytest.raises(DataError, match="feature_fps: 5.0, now every frame"):

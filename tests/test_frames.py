@@ -227,7 +227,9 @@ def test_too_small_a_disk_is_an_error_before_any_work(world, tmp_path, monkeypat
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 299_999))
     with pytest.raises(DataError, match=r"8 seconds at 12.5 frames of 32 x 32 pixels are 0.0 GB, and 0.0 GB are free: choose a lower feature_fps"):
         store_dataset(config(world, tmp_path))
-    assert not list(tmp_path.rglob("*.safetensors"))
+    for changes in (dict(feature_fps=-1.0), dict(workers=-1), dict(backend="gstreamer"), dict(weights="nowhere/clip.pt")):
+        with pytest.raises(DataError): store_dataset(config(world, tmp_path, **changes))
+    assert not list(tmp_path.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 308_000))  # 4 videos, 2 s, 12.5 a second
     with pytest.raises(DataError, match="8 seconds at 24 frames"):
         store_dataset(config(world, tmp_path / "every", feature_fps=None))

@@ -260,6 +260,25 @@ def test_another_file_of_the_same_name_is_converted_anew(tmp_path):
     assert not torch.equal(read_lavila(checkpoint(path, changed), TINY)["image_projection"], first)
 
 
+@pytest.mark.parametrize("name", ["a.pt", "link.pt"])
+def test_a_checkpoint_is_never_overwritten(tmp_path, name):
+    path = checkpoint(tmp_path / "a.pt")
+    os.link(path, tmp_path / "link.pt")
+    before = path.read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match="is an input"): convert_checkpoint(path, TINY, tmp_path / name, overwrite=overwrite)
+    assert path.read_bytes() == before and {p.name for p in tmp_path.iterdir()} == {"a.pt", "link.pt"}
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.json"])
+def test_a_conversion_overwrites_nothing_of_others_unasked(tmp_path, name):
+    path = checkpoint(tmp_path / "a.pt")
+    (tmp_path / name).write_text('{"notes": "mine"}')
+    with pytest.raises(DataError, match=f"{name} exists already.*overwrite=True"): read_lavila(path, TINY)
+    assert (tmp_path / name).read_text() == '{"notes": "mine"}' and len(list(tmp_path.iterdir())) == 2
+    assert load_file(convert_checkpoint(path, TINY, overwrite=True))
+
+
 # --- what goes in ---------------------------------------------------------------------------------------------------
 
 def test_tokens_are_clips_and_long_texts_lose_their_end():

@@ -288,6 +288,23 @@ def test_the_card_holds_what_the_run_has_measured_and_nothing_of_the_machine(run
     assert (tmp_path / "again/README.md").read_text() == card.content
 
 
+def test_saving_overwrites_nothing_unasked_and_never_what_it_was_read_from(run, tmp_path):
+    recognizer, trained = Recognizer.from_pretrained(run.folder, "cpu"), {p.name: p.read_bytes() for p in run.folder.iterdir() if p.is_file()}
+    (tmp_path / "link").symlink_to(run.folder)
+    for folder in (run.folder, tmp_path / "link"):
+        for overwrite in (False, True):
+            with pytest.raises(DataError, match="config.json is an input|config.json \\(.*is an input|is an input"): recognizer.save_pretrained(folder, overwrite=overwrite)
+    assert {p.name: p.read_bytes() for p in run.folder.iterdir() if p.is_file()} == trained
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "README.md").write_text("mine")
+    with pytest.raises(DataError, match="README.md exists already.*overwrite=True"): recognizer.save_pretrained(saved)
+    assert [p.name for p in saved.iterdir()] == ["README.md"] and (saved / "README.md").read_text() == "mine"
+    recognizer.save_pretrained(saved, overwrite=True)
+    assert (saved / "README.md").read_text() != "mine" and (saved / "noun.safetensors").exists()
+    with pytest.raises(DataError, match="is an input"): Recognizer.from_pretrained(saved, "cpu").save_pretrained(saved, overwrite=True)
+
+
 def test_a_card_without_numbers_says_so(run, tmp_path):
     loaded = Recognizer.from_pretrained(run.folder, "cpu")
     Recognizer(loaded.encoder, loaded.methods, loaded.configs).save_pretrained(tmp_path)
