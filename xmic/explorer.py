@@ -345,7 +345,7 @@ def finished_runs(
     root, found = from_root(root), {}
     for path in root.rglob("metrics.json"):
         with suppress(DataError):
-            if "evaluations" not in path.parts:
+            if not {"evaluations", "before"} & {*path.relative_to(root).parts}:
                 found[path.parent.relative_to(root).as_posix()] = resolve(settings(TrainConfig, read_json(path.parent / "config.json", dict)))
     return dict(sorted(found.items(), key=lambda run: (run[1].method != "xmic", len(run[0]), run[0])))
 

@@ -81,7 +81,7 @@ def _origins(
 
 def _counts(segments: Any) -> Iterable[int]:
     "The numbers of rows of a shard's segments; `ValueError` if they are no such thing."
-    if not isinstance(segments, dict) or not all(type(rows) is int and rows >= 0 for rows in segments.values()):
+    if not isinstance(segments, dict) or not set(map(type, segments.values())) <= {int} or min(segments.values(), default=0) < 0:
         raise ValueError("it does not say how many rows each segment has")
     return segments.values()
 
@@ -90,7 +90,7 @@ def _check_origins(entry: dict) -> None:
     "`ValueError` if spans and videos are no lists of texts, one for each segment."
     for name in ("spans", "videos"):
         said = entry.get(name, [None] * len(entry["segments"]))
-        if not isinstance(said, list) or len(said) != len(entry["segments"]) or not all(s is None or isinstance(s, str) for s in said):
+        if not isinstance(said, list) or len(said) != len(entry["segments"]) or not set(map(type, said)) <= {str, type(None)}:
             raise ValueError(f"its {name} are not those of its segments")
 
 # %% ../nbs/14_features.ipynb #472a3bb7
@@ -306,11 +306,12 @@ def changed_since(
 ) -> dict[str, str]:  # by segment: what differs
     "The stored segments whose times or video are not those that they were stored with."
     rows = [row for row in segments.itertuples(index=False) if row.segment_id in view.place]
-    return {row.segment_id: what for row in rows if (what := _difference(view, row, identity))}
+    names = {video: shard_name(video) for video in {row.video_id for row in rows}}
+    return {row.segment_id: what for row in rows if (what := _difference(view, row, names[row.video_id], identity))}
 
 
-def _difference(view: Any, row: Any, identity: Callable[[str], str | None] | None) -> str | None:
-    if view.shard_of(row.segment_id) != shard_name(row.video_id):
+def _difference(view: Any, row: Any, shard: str, identity: Callable[[str], str | None] | None) -> str | None:
+    if view.shard_of(row.segment_id) != shard:
         return f"another video: stored in {view.shard_of(row.segment_id)}, now of {row.video_id}"
     span, video = view.origins.get(row.segment_id, (None, None))
     if span and span != (now := span_now(row, span)):
