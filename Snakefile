@@ -21,6 +21,8 @@ SHARDS = int(config.get("shards") or 1)  # jobs for each store of features or fr
 WORLD = f"{PROFILE.data}/world.json"
 LIBRARY = ["xmic/reporting.py", "xmic/experiments.py"]
 ANNOTATIONS = {} if MINI else {name: experiments.annotations(PROFILE, store) for name, store in PLAN.stores.items()}
+if not MINI:  # the files' times say nothing, so what is done is taken back where their contents have changed
+    for name in experiments.note_annotations(PLAN): print(f"The annotations behind {name} have changed: it is extracted again, as far as that is needed.", file=sys.stderr)
 
 os.environ["OMP_NUM_THREADS"] = str(PROFILE.threads)
 # Where no GPU is used, a fresh Python would import for longer than it trains: papermill and its kernels are forks there (xmic.warm).
