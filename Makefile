@@ -26,8 +26,8 @@ $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v < (3, 14) else f"xmic needs Python 3.10 to 3.13, this is {v[0]}.{v[1]}: make env PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(UV) pip install --quiet -r requirements.lock
-	$(UV) pip install --quiet --no-deps -e .
+	$(UV) pip install --quiet --compile-bytecode -r requirements.lock
+	$(UV) pip install --quiet --compile-bytecode --no-deps -e .
 	@touch $@
 
 test: env
