@@ -15,6 +15,7 @@ SEEDS ?= 1
 SIZE ?= default
 CORES ?= all
 GPUS ?= 1
+REPORT = $(PROFILE)$(if $(filter mini,$(PROFILE)),$(addprefix -,$(filter-out default,$(SIZE))))
 SNAKEMAKE = snakemake --nolock --cores $(CORES) $(if $(DRY),--dry-run) $(if $(filter paper,$(PROFILE)),--resources gpu=$(GPUS)) \
 	--config profile='$(PROFILE)' size='$(SIZE)' seeds='$(SEEDS)' tables='$(TABLES)' data='$(DATA)'
 
@@ -38,10 +39,8 @@ lab: env
 
 # One at a time in a folder. This lock ends with its process, however that ends; snakemake's own would outlive a kill.
 reproduce: env
-	@mkdir -p .snakemake
-	@flock -n .snakemake/reproduce.lock true || echo "Another make reproduce is at work in this folder; waiting for it."
-	@flock .snakemake/reproduce.lock $(SNAKEMAKE)
-	$(if $(DRY),,@echo "The report: reports/$(PROFILE)/index.html")
+	@$(BIN)/python -m xmic.warm .snakemake/reproduce.lock $(SNAKEMAKE)
+	$(if $(DRY),,@echo "The report: reports/$(REPORT)/index.html")
 
 # The site, in _docs/html, from the notebooks as they are committed; a warning is an error.
 docs: env
@@ -59,6 +58,7 @@ notebooks: env
 readme: env
 	$(BIN)/python tests/readme.py --write
 
+# What the targets above made, by name: no data, features, runs or reports.
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis _docs .snakemake
-	find . -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+	rm -rf $(VENV) build dist xmic.egg-info .pytest_cache .hypothesis _docs .snakemake
+	find xmic nbs tests benchmarks docs \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

@@ -11,10 +11,12 @@ __all__ = ['DATASETS', 'PAIR', 'MINI_NOTE', 'PAPER_NOTE', 'MINI_METHODS', 'PAPER
            'introduction', 'world_size', 'prepare']
 
 # %% ../nbs/33_experiments.ipynb #e8d6b3c2
+import errno
 import hashlib
 import json
 import os
 import re
+import tempfile
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Sequence
@@ -90,7 +92,7 @@ def profile(
         folder = Path(WORLDS[size]).name
         encoders = {role: dict(encoder=encoder) for role, encoder in MINI_ENCODERS.items()}
         return Profile(
-            name, size, WORLDS[size], f"features/{folder}", f"runs/{folder}", "reports/mini", encoders,
+            name, size, WORLDS[size], f"features/{folder}", f"runs/{folder}", f"reports/{folder}", encoders,
             extract=dict(feature_fps=8.0, workers=1, device="cpu", progress=False), frames=dict(views=["hand"]),
             train=dict(epochs=40, batch_size=32, device="cpu", progress=False), methods=MINI_METHODS, note=MINI_NOTE,
             shown={backbone: MINI_ENCODERS[role] for backbone, role in BACKBONES.items()}, one_seed=("cocoop", "vita_clip"))
@@ -408,8 +410,24 @@ def failures(
     return pd.DataFrame(lines, columns=["job", "cause", "notebook"])
 
 
+_FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+
+
+def _refused(folder: Path) -> str | None:
+    "What the file system says where a folder takes no more bytes."
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.strerror in _FULL:
+            return f"{error.strerror}: {folder}. Free some, and run the same again"
+    return None
+
+
 def _cause(notebook: Path, log: Path) -> str:
-    "The error that a notebook ended with, else the last line of its log."
+    "The error that a notebook ended with, else a full disk, else the last line of its log."
     try:
         for cell in read_json(notebook)["cells"]:
             for output in cell.get("outputs", []):
@@ -418,7 +436,10 @@ def _cause(notebook: Path, log: Path) -> str:
     except (DataError, KeyError):
         pass
     words = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()] if log.exists() else []
-    return words[-1] if words else "the process ended without a word: it was killed, or ran out of memory"
+    full = [line for line in words if any(said in line for said in _FULL)]
+    if cause := _refused(log.parent) or (full or words or [None])[-1]:
+        return cause
+    return "the process ended without a word: it was killed, or ran out of memory"
 
 # %% ../nbs/33_experiments.ipynb #78ad98b1
 FIRST = ("ZS CLIP", "X-MIC")
