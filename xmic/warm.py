@@ -21,7 +21,7 @@ import tempfile
 import traceback
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Callable
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
@@ -119,28 +119,36 @@ def _end_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def _become(message: dict, streams: list[int]) -> NoReturn:
-    "Turns a fresh fork into the program that was asked for."
+def _become(message: dict, streams: list[int]) -> None:
+    "Turns a fresh fork into the program that was asked for. `SystemExit` when that ends."
+    for to, stream in enumerate(streams):
+        os.dup2(stream, to)
+        os.close(stream)
+    os.chdir(message["cwd"])
+    os.environ.clear()
+    os.environ.update(message["environ"])
+    arguments = message["arguments"]
+    if message["program"] == "ipykernel_launcher":  # pyplot is there already, and has not met this kernel, which has this parent
+        arguments += ["--matplotlib=inline", f"--IPKernelApp.parent_handle={os.getppid()}"]
+    _run(message["program"], arguments, message["lock"])
+
+
+def _exit_code(call: Callable[[], None]) -> int:
+    "What a Python process that does this would end with."
     code = 1
-    try:
-        for to, stream in enumerate(streams):
-            os.dup2(stream, to)
-            os.close(stream)
-        os.chdir(message["cwd"])
-        os.environ.clear()
-        os.environ.update(message["environ"])
-        os.environ.pop("JPY_PARENT_PID", None)  # the server watches over it
-        kernel = message["program"] == "ipykernel_launcher"  # pyplot is there already, and has not met this kernel
-        _run(message["program"], message["arguments"] + ["--matplotlib=inline"] * kernel, message["lock"])
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-    except BaseException:
-        traceback.print_exc()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
+    with suppress(OSError, ValueError):  # nothing can be said on a full disk
+        try:
+            call()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return code
 
 # %% ../nbs/37_warm.ipynb #e2705d18
 def _attend(client: socket.socket) -> None:
@@ -154,7 +162,7 @@ def _attend(client: socket.socket) -> None:
     if (child := os.fork()) == 0:
         client.close()
         _end_with_parent(me)
-        _become(message, streams)
+        os._exit(_exit_code(lambda: _become(message, streams)))
     for stream in streams:
         os.close(stream)
     ended = os.pidfd_open(child)
