@@ -74,7 +74,9 @@ rule all:
 rule world:
     message: f"the mini world, size {PROFILE.size}"
     output: WORLD
-    params: call=f"from xmic.mini import build; build(root={PROFILE.data!r}, size={PROFILE.size!r})", stale=PROFILE.features_root
+    params:
+        call=f"from signal import *; signal(SIGINT, SIG_DFL); from xmic.mini import build; build(root={PROFILE.data!r}, size={PROFILE.size!r})",
+        stale=PROFILE.features_root
     threads: workflow.cores or 1
     shell: "rm -rf {params.stale:q} && python -c {params.call:q}"
 
