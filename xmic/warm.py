@@ -166,7 +166,7 @@ def _attend(client: socket.socket) -> None:
     for stream in streams:
         os.close(stream)
     ended = os.pidfd_open(child)
-    while ended not in select.select([client, ended], [], [])[0]:
+    while ended not in select.select([client.fileno(), ended], [], [])[0]:
         said = client.recv(1)
         os.kill(child, said[0] if said else signal.SIGKILL)
         if not said:
