@@ -189,7 +189,7 @@ def test_links_lead_to_files_of_the_repository(page):
 
 
 def test_messages_in_troubleshooting_are_those_of_the_kit():
-    places = [*(ROOT / "xmic").glob("*.py"), ROOT / "Makefile", ROOT / "tests" / "run", ROOT / "tests" / "readme.py"]
+    places = [*(ROOT / "xmic").glob("*.py"), ROOT / "Makefile", ROOT / "Snakefile", ROOT / "tests" / "run", ROOT / "tests" / "readme.py"]
     known = "".join(p.read_text(encoding="utf-8") for p in places)
     known = re.sub(r"\{[^{}]*(\{[^{}]*\}[^{}]*)*\}|\"\s*f?\"|\s+", " ", known.replace('"\n', '"'))
     foreign = {"operator torchvision::nms does not exist", "No module named 'execnb.nbio'", "settings.ini"}
