@@ -27,6 +27,7 @@ from .segments import head_classes, read_classes, read_epic_tail, read_epic_unse
 
 # %% ../nbs/25_analysis.ipynb #1dfd4057
 _LINES = {"label": int, "predicted": int, "confidence": float, "top5": bool, "subset": str, "restricted": int, "dataset": str, "kind": str, "segment_id": str}
+_NAMES = {"label_name": str, "predicted_name": str}  # that runs of earlier versions do not have
 
 
 def predictions(
@@ -45,7 +46,7 @@ def predictions(
 def _predictions(folder: Path, fields: Sequence[str]) -> pd.DataFrame:
     config = _config(folder)
     try:
-        table = pd.read_csv(folder / "predictions.csv", dtype=_LINES, keep_default_na=False)
+        table = pd.read_csv(folder / "predictions.csv", dtype=_LINES | _NAMES, keep_default_na=False)
     except (OSError, ValueError) as e:
         raise DataError(f"{folder / 'predictions.csv'}: cannot be read ({str(e).strip()}); run it again") from None
     if missing := [column for column in _LINES if column not in table]:
@@ -220,7 +221,8 @@ def by_frequency(
             known[place] = class_frequencies(read_classes(dataset, place[1], kind), classes, counts)
         return known[place]
 
-    table = _grouped(folders, fields, lambda config, lines: group(config, lines["dataset"].iloc[0], lines["kind"].iloc[0])[lines["label"]])
+    table = _grouped(folders, fields, lambda config, lines: group(config, lines["dataset"].iloc[0], lines["kind"].iloc[0])[lines["label"]],
+                     trust_code=trust_code)
     return accuracies(table, (*ROW, *fields), [name for name in FREQUENCIES if (table["group"] == name).any()]).query("count > 0").reset_index(drop=True)
 
 
@@ -229,6 +231,7 @@ def _grouped(
     fields: Sequence[str],
     group: Callable[[Any, pd.DataFrame], np.ndarray | str],  # of the lines of one run, dataset and kind
     dataset: str | None = None,  # that alone
+    trust_code: bool = False,
 ) -> pd.DataFrame:
     "Predictions with a column group."
     from xmic.training import TrainConfig
@@ -237,10 +240,21 @@ def _grouped(
     for place in map(from_root, folders):
         config, table = settings(TrainConfig, _config(place)), predictions(place, fields=fields)
         for _, lines in table[table["dataset"] == dataset if dataset else slice(None)].groupby(["dataset", "kind"], sort=False):
+            _check_names(config, place, lines, trust_code)
             parts.append(lines.assign(group=group(config, lines)))
     if not parts:
         raise DataError(f"no run was named{f', or none was evaluated on {dataset}' if dataset else ''}")
     return pd.concat(parts, ignore_index=True)
+
+
+def _check_names(config: Any, folder: Path, lines: pd.DataFrame, trust_code: bool = False) -> None:
+    "`DataError` where the class list that the numbers of a run are from is not the one that is there now."
+    dataset, kind = lines["dataset"].iloc[0], lines["kind"].iloc[0]
+    said = dict(zip(lines["label"], lines["label_name"])) if "label_name" in lines else {}
+    names = read_classes(dataset, _root(config, dataset, trust_code), kind).names if said else ()
+    if odd := [f"class {i}: {name!r} in the run, {names[i]!r} now" if i < len(names) else f"class {i}: {name!r} in the run, none now"
+               for i, name in sorted(said.items()) if i >= len(names) or names[i] != name]:
+        raise DataError.rows(f"{folder}: the list of {kind} classes of {dataset} has changed since this run: run it again", odd)
 
 
 def _root(config: Any, dataset: str, trust_code: bool = False) -> Path:
@@ -470,8 +484,11 @@ def _confusions(folder: str | Path, dataset: str | None, kind: str | None, trust
     lines = table[(table["dataset"] == dataset) & (table["kind"] == kind)]
     if lines.empty:
         raise DataError(f"{place} has no {kind} predictions for {dataset}; it has: {', '.join(sorted(set(table['dataset'] + ' ' + table['kind'])))}")
-    names = np.array(read_classes(dataset, _root(config, dataset, trust_code), kind).names, dtype=object)
-    lines = lines.assign(label=names[lines["label"]], predicted=names[lines["predicted"]])
+    if "label_name" in lines:
+        lines = lines.assign(label=lines["label_name"], predicted=lines["predicted_name"])
+    else:  # a run of an earlier version
+        names = np.array(read_classes(dataset, _root(config, dataset, trust_code), kind).names, dtype=object)
+        lines = lines.assign(label=names[lines["label"]], predicted=names[lines["predicted"]])
     pairs = lines[~lines["right"]].groupby(["label", "predicted"], sort=True).size().rename("count").reset_index()
     pairs["share"] = 100 * pairs["count"] / pairs["label"].map(lines["label"].value_counts())
     return pairs.sort_values("count", ascending=False, kind="stable").reset_index(drop=True), lines

@@ -723,6 +723,18 @@ def _features(check: Check, found: _Found, features_root: Path) -> None:
             counts = ", ".join(f"{len(held & set(t.segment_id)):,} of {len(t):,} {s}" for s, t in found.segments.items())
             check.add("Features", "good" if held else "note", f"{name} ({' and '.join(views)}): {counts} segments, in {folder}",
                       **{folder.parent.name: len(held)})
+            _features_since(check, store, name, pd.concat(found.segments.values()), folder)
+
+
+def _features_since(check: Check, store: Any, name: str, segments: pd.DataFrame, folder: Path) -> None:
+    "Whether annotations and videos are those that the features were extracted with."
+    if len(changed := store.changed(segments).drop_duplicates("segment_id")):
+        first = changed.iloc[0]
+        check.add("Features", "warning", f"{name}: {_count(len(changed), 'segment')} {_are(len(changed), 'has', 'have')} changed since extraction, such as "
+                  f"{first.segment_id} ({first.cause}), in {folder}.", "extract again: only these are made anew", changed=len(changed))
+    if unknown := store.unknown(segments):
+        check.add("Features", "note", f"{name}: {_count(unknown, 'segment')} {_are(unknown, 'does', 'do')} not say which video and times they are of, "
+                  f"as in stores of earlier versions.", unknown=unknown)
 
 
 def _state(found: _Found, store: Store) -> tuple[str, list[str]]:  # level, causes

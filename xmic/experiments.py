@@ -7,21 +7,24 @@ __all__ = ['DATASETS', 'PAIR', 'MINI_NOTE', 'PAPER_NOTE', 'MINI_METHODS', 'PAPER
            'LAVILA_WEIGHTS', 'FRAMES_FPS', 'WORLDS', 'METHODS', 'PIXELS', 'VIEWS', 'NORMALISATIONS', 'PROMPTS',
            'SWITCHES', 'RECIPES', 'RELEASED_LR', 'EGO4D', 'NOUNS', 'TABLES', 'TITLES', 'ANNOTATIONS', 'FIRST',
            'Profile', 'profile', 'Row', 'prompt_settings', 'backbone_settings', 'Store', 'Run', 'run', 'columns',
-           'cells', 'poster_cells', 'rows_of', 'runs', 'Plan', 'plan', 'annotations', 'failures', 'first_rows',
-           'introduction', 'world_size', 'prepare']
+           'cells', 'poster_cells', 'rows_of', 'runs', 'Plan', 'plan', 'annotations', 'note_annotations',
+           'changed_runs', 'failures', 'first_rows', 'introduction', 'world_size', 'prepare']
 
 # %% ../nbs/33_experiments.ipynb #e8d6b3c2
+import errno
 import hashlib
 import json
 import os
 import re
+import tempfile
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any, Iterable, Sequence
 
 import pandas as pd
 
-from .files import DataError, brief, code_name, code_sha256, did_you_mean, features_folder, from_root, is_code, markdown_code, markdown_text, read_json
+from .files import (DataError, brief, code_name, code_sha256, did_you_mean, features_folder, from_root, is_code, markdown_code, markdown_text,
+                        read_json, write_json)
 from .paper import PRINTED, printed
 from .segments import _EGO4D_FOLDERS, _EGO4D_SOURCE, _EGTEA_FOLDERS, _EGTEA_SOURCE, _EPIC_FOLDERS, _EPIC_SOURCE, _find, read_segments
 
@@ -90,7 +93,7 @@ def profile(
         folder = Path(WORLDS[size]).name
         encoders = {role: dict(encoder=encoder) for role, encoder in MINI_ENCODERS.items()}
         return Profile(
-            name, size, WORLDS[size], f"features/{folder}", f"runs/{folder}", "reports/mini", encoders,
+            name, size, WORLDS[size], f"features/{folder}", f"runs/{folder}", f"reports/{folder}", encoders,
             extract=dict(feature_fps=8.0, workers=1, device="cpu", progress=False), frames=dict(views=["hand"]),
             train=dict(epochs=40, batch_size=32, device="cpu", progress=False), methods=MINI_METHODS, note=MINI_NOTE,
             shown={backbone: MINI_ENCODERS[role] for backbone, role in BACKBONES.items()}, one_seed=("cocoop", "vita_clip"))
@@ -435,6 +438,56 @@ def annotations(
     folders, source = {"epic": (_EPIC_FOLDERS, _EPIC_SOURCE), "ego4d": (_EGO4D_FOLDERS, _EGO4D_SOURCE), "egtea": (_EGTEA_FOLDERS, _EGTEA_SOURCE)}[dataset]
     return [str(_find(name, root, folders, source)) for split in (*store.parameters["splits"], "all") for name in ANNOTATIONS[dataset][split]]
 
+# %% ../nbs/33_experiments.ipynb #27550ef8
+def note_annotations(
+    made: Plan,
+) -> list[str]:  # the extractions that are to be run again
+    "Notes the contents of the annotation files, and takes back that an extraction is done where they have changed. Raises `DataError` as `annotations` does."
+    hashes: dict[str, str] = {}
+    return [name for name, store in made.stores.items() if _annotations_changed(from_root(made.folder(name)), annotations(made.profile, store), hashes)]
+
+
+def _annotations_changed(folder: Path, files: list[str], hashes: dict[str, str]) -> bool:
+    note = folder / "annotations.json"
+    before = read_json(note, dict) if note.exists() else None
+    now = {file: _content(file, (before or {}).get(file), hashes) for file in files}
+    if now == before: return False
+    contents = lambda files: sorted((Path(file).name, entry["sha256"]) for file, entry in files.items())
+    changed = before is not None and contents(before) != contents(now)
+    for done in (folder / "done", *(p for p in folder.glob("part*of*") if not p.suffix)) if changed else (): done.unlink(missing_ok=True)
+    write_json(note, now)
+    return changed
+
+
+def _content(
+    file: str,
+    before: dict | None,  # what was noted of it
+    hashes: dict[str, str],  # of the files that were read just now
+) -> dict:
+    "Size, time and hash of a file, which is read only where size or time have changed."
+    stat = os.stat(file)
+    seen = [stat.st_size, stat.st_mtime_ns]
+    if before and before["seen"] == seen: return before
+    if file not in hashes: hashes[file] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return dict(seen=seen, sha256=hashes[file])
+
+# %% ../nbs/33_experiments.ipynb #346035ae
+def changed_runs(
+    p: Profile,
+    names: Iterable[str],  # of runs
+    runs_root: str | None = None,  # their folder; None: the profile's
+) -> dict[str, list[str]]:  # by run: what has changed since
+    "The runs whose annotations, class lists or videos are not those that they were made from."
+    from xmic.training import TrainConfig, data_differences, read_hashes
+    config = TrainConfig(dataset=DATASETS[0], data_root=p.root(DATASETS[0]), target_roots={d: p.root(d) for d in DATASETS}, features_root=p.features_root)
+    known: dict[Any, Any] = {}
+    found = {}
+    for name in dict.fromkeys(names):
+        path = from_root(runs_root or p.runs_root) / name / "metrics.json"
+        metrics = read_json(path, dict) if path.exists() else {}
+        if changed := data_differences(metrics.get("data"), read_hashes(config, metrics, known)): found[name] = changed
+    return found
+
 # %% ../nbs/33_experiments.ipynb #5e807992
 def failures(
     made: Plan,
@@ -452,8 +505,24 @@ def failures(
     return pd.DataFrame(lines, columns=["job", "cause", "notebook"])
 
 
+_FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+
+
+def _refused(folder: Path) -> str | None:
+    "What the file system says where a folder takes no more bytes."
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.strerror in _FULL:
+            return f"{error.strerror}: {folder}. Free some, and run the same again"
+    return None
+
+
 def _cause(notebook: Path, log: Path) -> str:
-    "The error that a notebook ended with, else the last line of its log."
+    "The error that a notebook ended with, else a full disk, else the last line of its log."
     try:
         for cell in read_json(notebook)["cells"]:
             for output in cell.get("outputs", []):
@@ -462,7 +531,10 @@ def _cause(notebook: Path, log: Path) -> str:
     except (DataError, KeyError):
         pass
     words = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()] if log.exists() else []
-    return words[-1] if words else "the process ended without a word: it was killed, or ran out of memory"
+    full = [line for line in words if any(said in line for said in _FULL)]
+    if cause := _refused(log.parent) or (full or words or [None])[-1]:
+        return cause
+    return "the process ended without a word: it was killed, or ran out of memory"
 
 # %% ../nbs/33_experiments.ipynb #78ad98b1
 FIRST = ("ZS CLIP", "X-MIC")
@@ -475,7 +547,8 @@ def first_rows(
     "Table 1, as far as zero-shot and X-MIC go, for the terminal."
     from xmic.reporting import tabulate, to_text
     own = cells(1, p, seeds)
-    return to_text(tabulate(own[own.method.isin(FIRST)], p.runs_root), "Table 1, first rows (top-1, per cent)", p.note)
+    own = own[own.method.isin(FIRST)]
+    return to_text(tabulate(own, p.runs_root, changed_runs(p, own.runs.explode())), "Table 1, first rows (top-1, per cent)", p.note)
 
 
 def _names(methods: tuple[str, ...]) -> list[str]:
@@ -587,13 +660,13 @@ def _extract_missing(config: "TrainConfig", splits: dict[str, list[str]], settin
             (root, segments), store = found[dataset], dataset_store(features_folder(config.features_root), encoder, config.resize, dataset)
             there = store.manifest
             left = segments if views - set(there) else segments[segments.segment_id.isin(
-                store.missing(segments, sorted(views)).query("cause == 'not extracted yet'").segment_id)]
+                [*store.missing(segments, sorted(views)).query("cause == 'not extracted yet'").segment_id, *store.changed(segments, sorted(views)).segment_id])]
             if not len(left) or not _any_video(left):
                 continue
             before = next(iter(there.values()), {})
             as_before = dict(feature_fps=None if before["feature_fps"] == "every frame" else before["feature_fps"],
                              backend=before["decoder"].split()[0].lower()) if before else {}
-            print(f"{dataset}: {len(left):,} of {len(segments):,} segments have no features by {name} yet; extracting them into {config.features_root}", flush=True)
+            print(f"{dataset}: {len(left):,} of {len(segments):,} segments have no features by {name} yet, or of other times or videos; extracting them into {config.features_root}", flush=True)
             extract_dataset(ExtractConfig(**settings | as_before | dict(
                 dataset=dataset, data_root=str(root), splits=which, encoder=name, weights=weights, clip_frames=clip_frames, resize=config.resize,
                 views=["full", "hand"], features_root=config.features_root, device=config.device,

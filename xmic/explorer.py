@@ -350,7 +350,7 @@ def finished_runs(
     root, found, code = from_root(root), {}, []
     for path in root.rglob("metrics.json"):
         with suppress(DataError):
-            if "evaluations" not in path.parts:
+            if not {"evaluations", "before"} & {*path.relative_to(root).parts}:
                 name, config = path.parent.relative_to(root).as_posix(), read_config(path.parent / "config.json")
                 if trust_code or not any(map(is_code, named_code(config, "").values())): found[name] = resolve(config)
                 else: code.append(name)

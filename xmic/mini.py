@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from .classes import clean_ego4d, clean_egtea, clean_epic
-from .files import DataError, from_root, one_at_a_time, progress_bar, read_json, remove_leftovers, whole_file, write_json
+from .files import DataError, check_output, from_root, one_at_a_time, progress_bar, read_json, remove_leftovers, whole_file, write_json
 from .hands import Detections, Hand, HandBoxes, Object, union_box
 from .scenes import FIXED, LOOKS, Action, Footage, Truth
 from .segments import epic_frame_rate, head_classes
@@ -367,10 +367,12 @@ def _annotate_egtea(root: Path, reels: list[Reel]) -> None:
 
 # %% ../nbs/32_mini.ipynb #910ef2d7
 def write_video(
-    path: Path,
+    path: str | Path,
     footage: Footage,
+    overwrite: bool = False,  # whether a file that exists may be overwritten
 ) -> None:
-    "H.264 in MP4, whole or not at all."
+    "H.264 in MP4, whole or not at all. `DataError` if the file exists."
+    check_output(path, overwrite=overwrite)
     look = footage.look
     with whole_file(path) as part, av.open(str(part), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(look.fps), options={"preset": "ultrafast", "crf": "25", "threads": "1"})
@@ -406,6 +408,9 @@ def _same_world(
             if other := [f"{key} {there.get(key)!r}, now {value!r}" for key, value in wanted.items() if there.get(key) != value]:
                 raise DataError(f"{root} holds {'a' if name == 'world.json' else 'the beginnings of a'} world with {'; '.join(other)}: delete epic, ego4d, egtea and world.json there, or choose another root")
             return name == "world.json"
+    ours = (root / ".lock").exists()  # where world.json was deleted to build anew
+    if not ours and (other := [dataset for dataset in LISTS if (root / dataset).is_dir() and any((root / dataset).iterdir())]):
+        raise DataError(f"{root / other[0]} exists, and is no part of a world of this kit: choose another root, or move it away")
     return False
 
 

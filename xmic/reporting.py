@@ -10,7 +10,7 @@ __all__ = ['NAMES', 'CELL', 'MARKS', 'plot_history', 'plot_accuracies', 'plot_se
 # %% ../nbs/27_reporting.ipynb #8cf3623d
 import os
 from html import escape
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -103,7 +103,9 @@ def plot_segments(
     wrong = predictions[predictions.predicted != predictions.label].head(rows)
     chosen = pd.concat([right, wrong])
     segments = read_segments(dataset, root, "test").set_index("segment_id")
-    names = {k: read_classes(dataset, root, k).names for k in set(chosen.kind)}
+    if "label_name" not in chosen:  # a run of an earlier version
+        names = {k: read_classes(dataset, root, k).names for k in set(chosen.kind)}
+        chosen = chosen.assign(**{f"{c}_name": [names[k][i] for k, i in zip(chosen.kind, chosen[c])] for c in ("label", "predicted")})
     fig, axes = plt.subplots(len(chosen), 1, figsize=(1.5 * frames, 1.15 * len(chosen)), squeeze=False, constrained_layout=True)
     for row, ax in zip(chosen.itertuples(), axes[:, 0]):
         good = row.predicted == row.label
@@ -117,8 +119,7 @@ def plot_segments(
         gap = np.full((len(shown[0]), max(1, shown[0].shape[1] // 40), 3), 255, np.uint8)
         ax.imshow(np.concatenate([part for frame in shown for part in (frame, gap)][:-1], axis=1))
         ax.set_axis_off()
-        label, predicted = (names[row.kind][i] for i in (row.label, row.predicted))
-        ax.set_title(label if good else f"{label}, taken for {predicted}", loc="left", fontsize=9, color="tab:green" if good else "tab:red")
+        ax.set_title(row.label_name if good else f"{row.label_name}, taken for {row.predicted_name}", loc="left", fontsize=9, color="tab:green" if good else "tab:red")
     return fig
 
 # %% ../nbs/27_reporting.ipynb #e8d480ec
@@ -156,9 +157,10 @@ def plot_views(
 def scores(
     cells: pd.DataFrame,  # as `experiments.cells` gives them
     runs_root: str | Path,  # folder of the runs
+    changed: Collection[str] = (),  # runs that are left out, for their data have changed since: `experiments.changed_runs`
 ) -> pd.DataFrame:  # one row for each cell and run: the cell's columns, run, value, low, high, segments, classes
     "The value of every run behind every cell, in per cent; nan where a run is not there."
-    found = {name: _metrics(from_root(runs_root) / name) for name in dict.fromkeys(n for names in cells.runs for n in names)}
+    found = {name: None if name in changed else _metrics(from_root(runs_root) / name) for name in dict.fromkeys(n for names in cells.runs for n in names)}
     lines = []
     for cell in cells.itertuples():
         for name in cell.runs:
@@ -201,12 +203,14 @@ def _harmonic_interval(metrics: dict, kind: str, measure: str) -> tuple[float, f
 def tabulate(
     cells: pd.DataFrame,
     runs_root: str | Path,
+    changed: Collection[str] = (),  # runs whose data have changed since; a column `changed` then says which cells they leave empty
 ) -> pd.DataFrame:  # table, source, method, variant, kind, column, mean, std, low, high, seeds, wanted, segments, chance
     "A table in tidy form. `std` is over seeds, nan for one; `wanted` is the number of seeds asked for; `chance` is 100 / classes."
-    every = scores(cells, runs_root)
+    every = scores(cells, runs_root, changed)
     table = every.groupby(CELL, sort=False).agg(
         mean=("value", "mean"), std=("value", "std"), low=("low", "mean"), high=("high", "mean"), seeds=("value", "count"), wanted=("run", "size"),
         segments=("segments", _range), chance=("classes", lambda n: 100 / n.max()))
+    if changed: table["changed"] = every.run.isin(list(changed)).groupby([every[c] for c in CELL], sort=False).any()
     for cell, values in every.dropna(subset="value").groupby(CELL, sort=False).value:
         if len(values) > 1:
             table.loc[cell, ["low", "high"]] = [over_seeds(list(values))[bound] for bound in ("low", "high")]
@@ -243,7 +247,7 @@ def layout(
     table: pd.DataFrame,  # as `tabulate` or `compare` gives it
     form: str = "markdown",  # "text", "markdown", "html" or "latex"
 ) -> dict[str, pd.DataFrame]:  # by source: rows of the page, columns (kind, column)
-    "The cells as texts; one that has no run says so."
+    "The cells as texts; one that has no run, or one of data that have changed since, says so."
     pages = {}
     for source, part in table.groupby("source", sort=False):
         part = part.assign(text=_texts(part, form), row=[f"{m} {v}".strip() if v else m for m, v in zip(part.method, part.variant)])
@@ -266,7 +270,7 @@ def _texts(part: pd.DataFrame, form: str) -> list[str]:
     several = part.groupby(["kind", "column"])["seeds"].transform(lambda n: (n > 0).sum()) > 1
     texts = []
     for cell, place, mark in zip(part.itertuples(), rank, several):
-        text = "no run" if cell.seeds == 0 else f"{cell.mean:.2f}"
+        text = ("data changed" if getattr(cell, "changed", False) else "no run") if cell.seeds == 0 else f"{cell.mean:.2f}"
         if mark and place in (1, 2):
             text = (best if place == 1 else second).format(text)
         if cell.seeds > 1:

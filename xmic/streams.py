@@ -147,7 +147,8 @@ class Streams:
 
     def _load(self, view: StoredView, firsts: np.ndarray, places: np.ndarray) -> Tensor:  # (sum N, D) float16 on the device
         flat = np.empty((int(places[:, 2].sum()), view.dim), np.float16)
-        for to, (shard, first, n) in zip(firsts, places):
+        order = np.argsort(places[:, 0], kind="stable")  # shard by shard, so that each is mapped once
+        for to, (shard, first, n) in zip(firsts[order], places[order]):
             flat[to:to + n] = view.shard(shard)[0].numpy()[first:first + n]  # NumPy: torch would wake its threads for every copy
         return torch.from_numpy(flat).to(self.device)
 
