@@ -16,7 +16,8 @@ from world import register_tiny
 from xmic.challenge import (Scores, challenge_measures, join_scores, read_submission, score_submission, scores_of_run, submission_of_runs,
                             top_actions, validation_truth, write_submission)
 from xmic.files import DataError
-from xmic.training import RunResult, TrainConfig, train
+from xmic.config import TrainConfig
+from xmic.training import RunResult, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
 V, M, N = 12, 15, 30

@@ -21,7 +21,8 @@ from xmic.frames import store_frames
 from xmic.pixels import Preprocess
 from xmic.segments import read_csv
 from xmic.streams import Streams
-from xmic.training import EvaluateConfig, TrainConfig, evaluate_run, train
+from xmic.config import TrainConfig
+from xmic.training import EvaluateConfig, evaluate_run, train
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*RANDOM weights"), pytest.mark.filterwarnings("ignore:no hand boxes")]
 
@@ -226,7 +227,8 @@ def test_a_run_without_hashes_or_data_stays_valid(config, made):
     write_json(first.folder / "metrics.json", first.metrics)
     shutil.move(made / "csv", made / "elsewhere")
     write_json(made / "csv" / "empty.json", {})
-    from xmic.training import _finished, resolve
+    from xmic.config import resolve
+    from xmic.training import _finished
     assert _finished(replace(resolve(replace(config, data_root=str(made / "elsewhere"))), data_root=str(made / "csv")), first.folder).metrics == first.metrics
 
 

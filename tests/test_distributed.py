@@ -78,7 +78,8 @@ from xmic.distributed import deal, deal_videos, launched, mine  # noqa: E402
 from xmic.features import ExtractConfig, FailureLog, FeatureStore  # noqa: E402
 from xmic.files import DataError, write_json  # noqa: E402
 from xmic.segments import read_csv  # noqa: E402
-from xmic.training import RunResult, TrainConfig  # noqa: E402
+from xmic.config import TrainConfig
+from xmic.training import RunResult  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
 

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from xmic.features import ExtractConfig
-from xmic.training import TrainConfig
+from xmic.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

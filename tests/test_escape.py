@@ -14,7 +14,7 @@ from xmic.files import latex_text, markdown_code, markdown_text
 from xmic.recognizer import Recognition, Recognizer
 from xmic.reporting import links, to_html, to_latex, to_markdown
 from xmic.timeline import Timeline
-from xmic.training import TrainConfig, build_method, resolve
+from xmic.config import TrainConfig, build_method, resolve
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
 NASTY = ['a_b & 50% $x$ \\input{/etc/passwd}', "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a | b\n# c\n---\nlicense: mit", "`code` [a](javascript:x) *b*",

@@ -19,7 +19,7 @@ from xmic.experiments import Plan, annotations, cells, failures, plan, prepare, 
 from xmic.features import ExtractConfig
 from xmic.files import DataError, settings, write_json
 from xmic.paper import PRINTED, printed
-from xmic.training import TrainConfig, resolve
+from xmic.config import TrainConfig, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILES = {"mini": profile(), "large": profile(size="large"), "paper": profile("paper", data="/data")}

@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 
 from xmic.features import ExtractConfig, hand_boxes
 from xmic.files import DataError, cache_folder, data_folder, expand, features_folder, from_root, one_at_a_time, project_root, remove_leftovers, whole_file, write_json
-from xmic.training import TrainConfig, dataset_root
+from xmic.config import TrainConfig, dataset_root
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = """

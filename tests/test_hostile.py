@@ -35,7 +35,8 @@ from xmic.hands import ARRAYS, Detections, HandBoxes, read_100doh, read_boxes, r
 from xmic.lavila import LaViLaConfig, fit_weights, read_checkpoint, read_lavila
 from xmic.recognizer import _one_encoder, _saved
 from xmic.segments import COLUMNS, read_classes, read_csv, read_ego4d, read_egtea, read_epic
-from xmic.training import RunResult, TrainConfig, Trainer, load_trained
+from xmic.config import TrainConfig
+from xmic.training import RunResult, Trainer, load_trained
 from xmic.video import DecodePool
 
 CASES: dict[str, int] = {}  # by test: how many files it has to try

@@ -26,7 +26,8 @@ from xmic.lavila import (LAVILA_MEAN, LAVILA_STD, SIZES, DividedAttention, LaViL
                          read_checkpoint, read_lavila, resize_temporal, silence_time, tokenize)
 from xmic.recognizer import Recognizer
 from xmic.segments import read_segments
-from xmic.training import RunData, RunResult, TrainConfig, resolve, run_name, train
+from xmic.config import TrainConfig, resolve
+from xmic.training import RunData, RunResult, run_name, train
 from xmic.video import frame_indices, read_frames
 
 ROOT = Path(__file__).resolve().parents[1]

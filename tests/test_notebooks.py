@@ -12,7 +12,8 @@ import pytest
 
 from world import register_tiny, write_world
 from xmic.features import ExtractConfig
-from xmic.training import EvaluateConfig, TrainConfig
+from xmic.config import TrainConfig
+from xmic.training import EvaluateConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)

@@ -116,7 +116,8 @@ if __name__ == "__main__":
     open_clip.add_model_config("models")
     from xmic.features import ExtractConfig, extract_dataset
     from xmic.recognizer import Recognizer
-    from xmic.training import TrainConfig, train
+    from xmic.config import TrainConfig
+    from xmic.training import train
     common = dict(dataset="csv", data_root="mine", encoder={TINY!r}, weights="random", device="cpu")
     extract_dataset(ExtractConfig(**common, workers=0, feature_fps=5.0))
     run = train(TrainConfig(**common, epochs=2, warmup_epochs=0, batch_size=4, frames=4))
@@ -134,7 +135,7 @@ def test_the_mini_world_without_its_extra_and_its_encoders_says_what_to_install(
     code = """
 from xmic.experiments import prepare
 from xmic.files import DataError
-from xmic.training import TrainConfig
+from xmic.config import TrainConfig
 sys.modules["cv2"] = None
 try: prepare(TrainConfig())
 except DataError as e: print(e)

@@ -22,7 +22,8 @@ from xmic.files import DataError, read_json
 from xmic.hands import HandBoxes
 from xmic.mini import LISTS, plan, write_reel
 from xmic.recognizer import Recognition, Recognizer, _best_pairs, read_names
-from xmic.training import TrainConfig, train
+from xmic.config import TrainConfig
+from xmic.training import train
 from xmic.video import VideoError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")

@@ -19,8 +19,8 @@ from xmic.files import DataError, settings, write_json
 from xmic.recognizer import Recognizer
 from xmic.streams import Batch
 from xmic.together import train_together
-from xmic.training import (EvaluateConfig, RunResult, TrainConfig, Trainer, build_method, evaluate_run, held_out_videos, learning_rate, resolve, run_name,
-                           subsample, train)
+from xmic.config import TrainConfig, build_method, resolve
+from xmic.training import EvaluateConfig, RunResult, Trainer, evaluate_run, held_out_videos, learning_rate, run_name, subsample, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
 NOUNS, VERBS = ["pan", "knife", "tap", "cup"], ["take", "put", "wash"]
@@ -202,7 +202,7 @@ def test_tensorboard_is_told_what_the_history_says(config, monkeypatch):
 
 
 def test_without_tensorboard_a_run_that_asks_for_it_is_refused_before_any_work(config, monkeypatch):
-    monkeypatch.setattr("xmic.training.find_spec", lambda name: None)
+    monkeypatch.setattr("xmic.config.find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"TensorBoard is not installed here: pip install 'xmic\[tensorboard\]'"):
         train(replace(config, tensorboard=True))
     assert not Path(config.runs_root).exists()

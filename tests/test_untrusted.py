@@ -23,7 +23,8 @@ from xmic.files import DataError, check_trust, read_json, settings, write_json
 from xmic.inspection import look
 from xmic.recognizer import Recognizer
 from xmic.reporting import plot_segments
-from xmic.training import EvaluateConfig, RunResult, TrainConfig, evaluate_run, resolve, resolve_saved, restore, train
+from xmic.config import TrainConfig, resolve, resolve_saved
+from xmic.training import EvaluateConfig, RunResult, evaluate_run, restore, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
 ROOT = Path(__file__).resolve().parents[1]

@@ -234,7 +234,7 @@ def _grouped(
     trust_code: bool = False,
 ) -> pd.DataFrame:
     "Predictions with a column group."
-    from xmic.training import TrainConfig
+    from xmic.config import TrainConfig
 
     parts = []
     for place in map(from_root, folders):
@@ -258,7 +258,7 @@ def _check_names(config: Any, folder: Path, lines: pd.DataFrame, trust_code: boo
 
 
 def _root(config: Any, dataset: str, trust_code: bool = False) -> Path:
-    from xmic.training import dataset_root
+    from xmic.config import dataset_root
 
     root = dataset_root(config, dataset)
     check_trust({f"config.json of a run, data of {dataset}": root}, trust_code)
@@ -476,7 +476,7 @@ def confusions(
 
 def _confusions(folder: str | Path, dataset: str | None, kind: str | None, trust_code: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
     "All confused pairs; and the lines behind them, with names."
-    from xmic.training import TrainConfig
+    from xmic.config import TrainConfig
 
     place = from_root(folder)
     config, table = settings(TrainConfig, _config(place)), predictions(place)

@@ -23,7 +23,8 @@ import torch
 from .evaluation import accuracy, split_logits, sum_classes
 from .files import DataError, brief, check_output, from_root, parse_json, whole_file
 from .segments import read_classes, read_epic, read_epic_tail, read_epic_unseen, read_segments
-from .training import RunResult, dataset_root, pick_device, restore, test_batches
+from .config import dataset_root
+from .training import RunResult, pick_device, restore, test_batches
 
 # %% ../nbs/26_challenge.ipynb #6bbadac7
 @dataclass

@@ -373,7 +373,8 @@ def extract(pairs: Optional[list[str]] = _PAIRS) -> None:
 def train(pairs: Optional[list[str]] = _PAIRS) -> None:
     "Features to a trained adapter and its accuracies."
     from xmic.files import settings
-    from xmic.training import TrainConfig, train
+    from xmic.config import TrainConfig
+    from xmic.training import train
     result = train(settings(TrainConfig, _settings(pairs or [])))
     typer.echo(f"{result.folder}\n{result.table.round(1).to_string(index=False)}")
 

@@ -158,7 +158,8 @@ def _join(store: dist.Store) -> None:
 
 # %% ../nbs/12_distributed.ipynb #c1b2b275
 def _train(values: dict) -> str:
-    from xmic.training import TrainConfig, train
+    from xmic.config import TrainConfig
+    from xmic.training import train
     config = settings(TrainConfig, values)
     run = train(replace(config, progress=config.progress and is_first()))
     return f"{run.folder}\n{run.table.round(2).to_string(index=False)}" if is_first() else ""

@@ -30,7 +30,7 @@ from .segments import _EGO4D_FOLDERS, _EGO4D_SOURCE, _EGTEA_FOLDERS, _EGTEA_SOUR
 
 # %% ../nbs/33_experiments.ipynb #3d4e1751
 if TYPE_CHECKING:
-    from xmic.training import TrainConfig
+    from xmic.config import TrainConfig
 
 # %% ../nbs/33_experiments.ipynb #8e963f72
 DATASETS = ("epic", "ego4d", "egtea")
@@ -478,7 +478,8 @@ def changed_runs(
     runs_root: str | None = None,  # their folder; None: the profile's
 ) -> dict[str, list[str]]:  # by run: what has changed since
     "The runs whose annotations, class lists or videos are not those that they were made from."
-    from xmic.training import TrainConfig, data_differences, read_hashes
+    from xmic.config import TrainConfig
+    from xmic.training import data_differences, read_hashes
     config = TrainConfig(dataset=DATASETS[0], data_root=p.root(DATASETS[0]), target_roots={d: p.root(d) for d in DATASETS}, features_root=p.features_root)
     known: dict[Any, Any] = {}
     found = {}
@@ -594,7 +595,7 @@ def prepare(
     config: "TrainConfig",
 ) -> "TrainConfig":  # resolved, with data_root and encoder named
     "Renders the mini world and extracts features where a run misses them. Raises `DataError` as `resolve` and `extract_dataset` do."
-    from xmic.training import resolve
+    from xmic.config import resolve
 
     said = config.data_root is not None
     if not said and config.dataset in DATASETS and not os.environ.get("XMIC_DATA") and not from_root(f"data/{config.dataset}").exists():
@@ -621,7 +622,7 @@ def prepare(
 
 
 def _segments(config: "TrainConfig", dataset: str, splits: list[str]) -> tuple[Path, pd.DataFrame]:
-    from xmic.training import dataset_root
+    from xmic.config import dataset_root
     root = dataset_root(config, dataset)
     return root, pd.concat([read_segments(dataset, root, split) for split in splits], ignore_index=True)
 

@@ -41,8 +41,8 @@ from .hands import HandBoxes
 from .inspection import Look, turned
 from .recognizer import SampledFrames
 from .streams import Batch
-from .training import (PIXELS, RunData, RunResult, Split, TrainConfig, check_shapes, dataset_root, keeps_texts, load_trained, named_code, pick_device,
-                           read_config, resolve, test_batches, train)
+from .config import PIXELS, TrainConfig, dataset_root, named_code, read_config, resolve
+from .training import RunData, RunResult, Split, check_shapes, keeps_texts, load_trained, pick_device, test_batches, train
 from .video import frame_indices, frame_times, probe, read_frames
 
 # %% ../nbs/39_explorer.ipynb #b327331a

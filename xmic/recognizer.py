@@ -37,7 +37,8 @@ from .files import (DataError, brief, cache_folder, check_output, code_name, exp
                         read_text, whole_file, write_json)
 from .hands import Box, HandBoxes, HandDetector, on_frame
 from .streams import Batch
-from .training import PIXELS, TrainConfig, build_method, check_shapes, load_trained, reads_context, resolve_saved, text_tower
+from .config import PIXELS, TrainConfig, build_method, reads_context, resolve_saved, text_tower
+from .training import check_shapes, load_trained
 from .video import VideoInfo, frame_indices, frame_times, iter_frames, probe
 
 # %% ../nbs/28_recognizer.ipynb #d3513df4

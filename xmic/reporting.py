@@ -92,7 +92,7 @@ def plot_segments(
     trust_code: bool = False,  # run the reader of data that the run names, where that is code
 ) -> Figure:
     "Strips of frames of segments that were recognised (green) and that were not (red), the surest first."
-    from xmic.training import dataset_root
+    from xmic.config import dataset_root
 
     dataset = dataset or run.config.dataset
     root = dataset_root(run.config, dataset)

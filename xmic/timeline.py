@@ -323,7 +323,7 @@ def _annotate(line: Timeline, path: str | Path, backend: str, overwrite: bool) -
     times = np.arange(info.frames) / info.fps if info.folder else frame_times(line.video, backend)
     shown, span = _span(line, info, times)
     with whole_file(path) as part, av.open(str(part), "w", format="mp4", options=dict(movflags="faststart")) as container:
-        stream = container.add_stream(_codec(), rate=Fraction(info.fps).limit_denominator(1001))
+        stream: Any = container.add_stream(_codec(), rate=Fraction(info.fps).limit_denominator(1001))
         stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, _TICKS)
         stream.codec_context.max_b_frames = 0  # with them the container's duration is wrong where the rate varies
         if info.folder:

@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .evaluation import split_logits
 from .files import DataError, progress_bar, whole_file
 from .streams import Batch, Streams
-from .training import (DeviceSteps, RunData, RunResult, Split, TrainConfig, Trainer, _check_claim, _claim, _finished, _found, pick_device,
-                           resolve, run_folder, train)
+from .config import TrainConfig, resolve
+from .training import DeviceSteps, RunData, RunResult, Split, Trainer, _check_claim, _claim, _finished, _found, pick_device, run_folder, train
 
 # %% ../nbs/24_together.ipynb #b1d00eb1
 FREE = ("seed", "lr", "schedule", "warmup_epochs", "warmup_lr", "betas", "momentum", "weight_decay", "scale", "name", "runs_root", "progress", "tensorboard")
