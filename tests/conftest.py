@@ -4,10 +4,13 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 for name in ("XMIC_ROOT", "XMIC_DATA", "XMIC_CACHE"):  # whoever runs the tests may have data of their own
     os.environ.pop(name, None)
+settings.register_profile("patient", deadline=None)  # of hypothesis: no example fails for its time
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

@@ -316,11 +316,10 @@ def test_the_number_of_workers_makes_no_difference_and_lost_videos_are_made_agai
     assert contents(root) == contents(mini)
 
 
-def test_a_finished_world_is_not_touched(mini):
+def test_a_finished_world_is_not_touched(mini, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in mini.rglob("*") if p.is_file()}
-    begin = time.perf_counter()
+    monkeypatch.setattr("xmic.mini.DecodePool", None)  # no process is started
     assert build(mini, "tiny") == mini
-    assert time.perf_counter() - begin < 0.5
     assert before == {p: p.stat().st_mtime_ns for p in mini.rglob("*") if p.is_file()}
 
 

@@ -1,6 +1,5 @@
 """Segment readers: the official files unchanged, every layout, and everything that can be wrong with them."""
 import json
-import time
 
 import numpy as np
 import pandas as pd
@@ -8,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from counting import counted
 from xmic.files import DataError
 from xmic.segments import (COLUMNS, central_window, epic_frame_rate, head_classes, read_classes, read_csv, read_egtea, read_ego4d,
                            read_epic, read_epic_tail, read_epic_unseen, read_segments)
@@ -97,14 +97,11 @@ def test_real_epic_frames_follow_the_official_rate_and_not_the_videos(epic):
     assert wrong.mean() > 0.05
 
 
-def test_real_epic_of_67217_rows_is_read_in_a_second(epic):
-    read_epic(epic, "validation")
-    took = []
-    for _ in range(3):
-        start = time.perf_counter()
-        read_epic(epic, "train")
-        took.append(time.perf_counter() - start)
-    assert min(took) <= 1
+def test_reading_the_real_epic_takes_a_few_calls_for_each_row(epic):
+    read_epic(epic, "validation")  # imports
+    for split, rows in dict(validation=9_668, train=67_217).items():
+        with counted() as work: assert len(read_epic(epic, split)) == rows
+        assert work.calls < 40 * rows
 
 
 def test_real_unseen_participants_are_those_without_a_training_segment(epic, shared_data):

@@ -86,7 +86,7 @@ def test_reading_ahead_ends_with_its_consumer():
     endless = iter(int, 1)
     for _ in ahead(endless):
         break
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() == before
