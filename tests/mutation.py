@@ -31,7 +31,7 @@ STATUS = {0: "survived", 1: "killed", 3: "killed", 33: "not run", 36: "timeout",
 
 
 def settings(module: str, tests: list[str]) -> str:
-    "mutmut's part of pyproject.toml. Autograd does not survive a fork, so workers come from a process that ran no test."
+    "mutmut's part of pyproject.toml. Workers come from a process that ran no test, since autograd does not survive a fork, and that has not imported the kit."
     return f"""
 [tool.mutmut]
 source_paths = ["xmic"]
@@ -40,11 +40,16 @@ also_copy = ["data", "nbs", "docs", "settings.ini", "Snakefile", "Makefile"]
 pytest_add_cli_args = ["-m", "not slow and not gpu", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
 pytest_add_cli_args_test_selection = {json.dumps([f"tests/{name}" for name in tests])}
 process_isolation = "forkserver"
+forkserver_warmup = "import"
+preload_modules_file = "preload.txt"
 timeout_constant = 20.0
 timeout_multiplier = 5.0
 track_dependencies = false
 do_not_mutate_patterns = ['^ +"[^"]*"$']  # docstrings
 """
+
+
+PRELOADED = ("torch", "torchvision", "open_clip", "timm", "pandas", "av", "safetensors.torch", "hypothesis", "matplotlib.pyplot")
 
 
 def names_of_mutants(module: str) -> list[str]:
@@ -65,13 +70,17 @@ def try_mutants(
     module: str,
     count: int,  # at most so many, drawn at random
     seed: int,
+    before: dict | None = None,  # what was found of the module: its survivors alone are tried, and the others counted as they were
 ) -> dict:
     "How many mutants of a module its tests kill, and which survive."
     tests = [f"test_{name}.py" for name in TESTS[module]]
     project = Path("pyproject.toml")
     project.write_text(project.read_text().split("\n[tool.mutmut]")[0] + settings(module, tests))
     names = names_of_mutants(module)
-    drawn = sorted(random.Random(seed).sample(names, min(count, len(names))))
+    drawn = sorted(before["survivors"]) if before else sorted(random.Random(seed).sample(names, min(count, len(names))))
+    if before and not (drawn and set(drawn) <= set(names) and len(names) == before["mutants"]):
+        return before
+    Path("preload.txt").write_text("\n".join(PRELOADED))
     shutil.rmtree("mutants", ignore_errors=True)
     Path("mutants").mkdir()  # a folder on the path that does not exist when Python starts is never looked into
     ran = subprocess.run(["mutmut", "run", "--max-children", "2", *drawn], capture_output=True, text=True)
@@ -79,10 +88,10 @@ def try_mutants(
         sys.exit(f"mutmut failed on {module}:\n{ran.stdout[-6000:]}\n{ran.stderr[-3000:]}")
     codes = json.loads(Path(f"mutants/xmic/{module}.py.meta").read_text())["exit_code_by_key"]
     outcome = {name: STATUS.get(codes[name], f"exit code {codes[name]}") for name in drawn}
-    left = {name: changed_lines(name) for name, what in outcome.items() if what != "killed"}
-    return dict(module=module, tests=" ".join(tests), mutants=len(names), tried=len(drawn), **{k: list(outcome.values()).count(k) for k in ("killed", "survived", "timeout")},
-                **{k: n for k, n in Counter(outcome.values()).items() if k not in ("killed", "survived", "timeout")},
-                survivors=[f"{name}: {outcome[name]}\n{lines}" for name, lines in left.items()])
+    counts = dict(killed=0, survived=0, timeout=0) | Counter(outcome.values())
+    left = {name: f"{what}\n{changed_lines(name)}" for name, what in outcome.items() if what != "killed"}
+    if before: counts["killed"] += before["killed"]
+    return dict(module=module, tests=" ".join(tests), mutants=len(names), tried=sum(counts.values()), **counts, survivors=left)
 
 
 def main() -> None:
@@ -90,6 +99,7 @@ def main() -> None:
     parser.add_argument("--modules", nargs="+", choices=TESTS, default=list(TESTS), metavar="MODULE", help=f"some of: {', '.join(TESTS)}")
     parser.add_argument("--count", type=int, default=40, help="mutants of a module, at most")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--again", action="store_true", help="only those that --out says were not killed, after tests were added")
     parser.add_argument("--out", type=Path, default=ROOT / "reports/bench/mutation.json", help="counts, beside those of other modules that are there")
     given = parser.parse_args()
     out = given.out.resolve()
@@ -101,14 +111,14 @@ def main() -> None:
         os.chdir(folder)
         os.environ["PYTHONPATH"] = f"{folder}/mutants"
         for module in given.modules:
-            found = try_mutants(module, given.count, given.seed)
             report = json.loads(out.read_text()) if out.exists() else {}
-            modules = {entry["module"]: entry for entry in report.get("modules", [])} | {module: found}
+            modules = {entry["module"]: entry for entry in report.get("modules", [])}
+            modules[module] = found = try_mutants(module, given.count, given.seed, modules[module] if given.again else None)
             write_json(out, dict(
                 command="python tests/mutation.py", date=datetime.now(timezone.utc).isoformat(timespec="seconds"), seed=given.seed,
                 versions=dict(mutmut=version("mutmut"), pytest=version("pytest"), python=platform.python_version(), torch=torch.__version__),
                 modules=[modules[name] for name in TESTS if name in modules]))
-            print({k: v for k, v in found.items() if k != "survivors"}, *found["survivors"], sep="\n", flush=True)
+            print({k: v for k, v in found.items() if k != "survivors"}, *map(": ".join, found["survivors"].items()), sep="\n", flush=True)
         os.chdir(ROOT)
 
 
