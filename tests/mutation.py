@@ -24,7 +24,7 @@ from xmic.files import write_json
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {  # the tests of each module
     "adapter": ["adapter"], "attention": ["adapter", "prompting"], "prompting": ["prompting"], "clip_adapter": ["clip_adapter"], "vita": ["vita"],
-    "text": ["text", "prompting"], "evaluation": ["training"], "hands": ["hands"], "segments": ["segments"], "features": ["features"],
+    "text": ["text", "prompting"], "evaluation": ["evaluation", "training"], "hands": ["hands"], "segments": ["segments"], "features": ["features"],
     "streams": ["streams"], "training": ["training"],
 }
 STATUS = {0: "survived", 1: "killed", 3: "killed", 33: "not run", 36: "timeout", -24: "timeout", 24: "timeout", 152: "timeout", 255: "timeout"}
