@@ -27,6 +27,7 @@ TESTS = {  # the tests of each module
     "text": ["text", "prompting"], "evaluation": ["evaluation", "training"], "hands": ["hands"], "segments": ["segments"], "features": ["features"],
     "streams": ["streams"], "training": ["training"],
 }
+PRELOADED = ("torch", "torchvision", "open_clip", "timm", "pandas", "av", "safetensors.torch", "hypothesis", "matplotlib.pyplot")
 STATUS = {0: "survived", 1: "killed", 3: "killed", 33: "not run", 36: "timeout", -24: "timeout", 24: "timeout", 152: "timeout", 255: "timeout"}
 
 
@@ -47,9 +48,6 @@ timeout_multiplier = 5.0
 track_dependencies = false
 do_not_mutate_patterns = ['^ +"[^"]*"$']  # docstrings
 """
-
-
-PRELOADED = ("torch", "torchvision", "open_clip", "timm", "pandas", "av", "safetensors.torch", "hypothesis", "matplotlib.pyplot")
 
 
 def names_of_mutants(module: str) -> list[str]:
@@ -77,9 +75,11 @@ def try_mutants(
     project = Path("pyproject.toml")
     project.write_text(project.read_text().split("\n[tool.mutmut]")[0] + settings(module, tests))
     names = names_of_mutants(module)
-    drawn = sorted(before["survivors"]) if before else sorted(random.Random(seed).sample(names, min(count, len(names))))
-    if before and not (drawn and set(drawn) <= set(names) and len(names) == before["mutants"]):
-        return before
+    drawn = sorted(one["mutant"] for one in before["survivors"]) if before else sorted(random.Random(seed).sample(names, min(count, len(names))))
+    if before and len(names) != before["mutants"]:
+        sys.exit(f"{module} has changed, and its mutants have other names: try it without --again")
+    if not drawn:
+        return before or {}
     Path("preload.txt").write_text("\n".join(PRELOADED))
     shutil.rmtree("mutants", ignore_errors=True)
     Path("mutants").mkdir()  # a folder on the path that does not exist when Python starts is never looked into
@@ -89,7 +89,7 @@ def try_mutants(
     codes = json.loads(Path(f"mutants/xmic/{module}.py.meta").read_text())["exit_code_by_key"]
     outcome = {name: STATUS.get(codes[name], f"exit code {codes[name]}") for name in drawn}
     counts = dict(killed=0, survived=0, timeout=0) | Counter(outcome.values())
-    left = {name: f"{what}\n{changed_lines(name)}" for name, what in outcome.items() if what != "killed"}
+    left = [dict(mutant=name, outcome=what, change=changed_lines(name)) for name, what in outcome.items() if what != "killed"]
     if before: counts["killed"] += before["killed"]
     return dict(module=module, tests=" ".join(tests), mutants=len(names), tried=sum(counts.values()), **counts, survivors=left)
 
@@ -118,7 +118,8 @@ def main() -> None:
                 command="python tests/mutation.py", date=datetime.now(timezone.utc).isoformat(timespec="seconds"), seed=given.seed,
                 versions=dict(mutmut=version("mutmut"), pytest=version("pytest"), python=platform.python_version(), torch=torch.__version__),
                 modules=[modules[name] for name in TESTS if name in modules]))
-            print({k: v for k, v in found.items() if k != "survivors"}, *map(": ".join, found["survivors"].items()), sep="\n", flush=True)
+            print({k: v for k, v in found.items() if k != "survivors"}, flush=True)
+            for one in found["survivors"]: print("{mutant}: {outcome}\n{change}".format(**one), flush=True)
         os.chdir(ROOT)
 
 

@@ -35,7 +35,8 @@ class Given(nn.Module):
 
 
 def classes(nouns: int, verbs: int) -> dict[str, ClassEmbeddings]:
-    return dict(noun=ClassEmbeddings([f"n{i}" for i in range(nouns)], torch.zeros(nouns, 1)), verb=ClassEmbeddings([f"v{i}" for i in range(verbs)], torch.ones(verbs, 1)))
+    made = dict(noun=(nouns, torch.zeros(nouns, 1)), verb=(verbs, torch.ones(verbs, 1)))
+    return {kind: ClassEmbeddings([f"{kind[0]}{i}" for i in range(count)], text) for kind, (count, text) in made.items()}
 
 
 def test_kinds_are_put_side_by_side_and_taken_apart():
@@ -107,7 +108,8 @@ def test_a_summary_has_every_accuracy():
 
 def test_harmonic_means_pair_source_with_target_and_shared_with_novel():
     results = dict(ego4d=dict(noun=dict(top1=dict(value=60.0)), verb=dict(top1=dict(value=50.0)), action=dict(top1=dict(value=9.0))),
-                   epic=dict(noun=dict(top1=dict(value=30.0), shared=dict(value=40.0), novel=dict(value=10.0)), verb=dict(top1=dict(value=None), shared=dict(value=5.0))),
+                   epic=dict(noun=dict(top1=dict(value=30.0), shared=dict(value=40.0), novel=dict(value=10.0)),
+                             verb=dict(top1=dict(value=None), shared=dict(value=5.0))),
                    egtea=dict(noun=dict(top1=dict(value=20.0))))
     found = harmonic_means(results)
     assert found == dict(noun={"ego4d+epic": pytest.approx(40.0), "ego4d+egtea": pytest.approx(30.0), "epic shared+novel": pytest.approx(16.0)}, verb={})
