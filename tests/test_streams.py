@@ -1,4 +1,5 @@
 "Rows on the device and rows read from disk give the same batches, whatever is sampled."
+import io
 import threading
 import time
 
@@ -8,7 +9,7 @@ import torch
 
 from xmic.features import FeatureStore, write_shard
 from xmic.files import DataError, write_json
-from xmic.streams import Streams, ahead, sample_rows, shift_twice
+from xmic.streams import Batch, Streams, ahead, free_bytes, sample_rows, shift_twice
 
 
 @pytest.fixture
@@ -52,6 +53,48 @@ def test_rows_are_the_ones_asked_for(store, train, shifted):
             assert (batch.context[:, :, 0, 0] == 1).all() and (batch.context[:, :, 1, 0] == 0).all()
             assert (batch.video[..., 1] == ids).all() and (batch.context[..., 1] == ids[..., None]).all()
         assert seen == order.tolist()
+
+
+def test_a_batch_elsewhere_or_in_another_precision():
+    both, alone = Batch(torch.ones(2, 3, 4), torch.ones(2, 3, 1, 5)), Batch(torch.ones(2, 3, 4))
+    assert len(both) == 2 and both.to("meta").video.device.type == both.to("meta").context.device.type == "meta"
+    half = both.to("cpu", torch.float16)
+    assert half.video.dtype == half.context.dtype == torch.float16 and half.video.device.type == "cpu"
+    assert alone.to("cpu", torch.float64).video.dtype == torch.float64 and alone.to("cpu").context is None
+
+
+def test_features_may_take_a_share_of_the_free_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    assert free_bytes(torch.device("cuda", 0)) == 600
+    monkeypatch.setattr("xmic.streams.open", lambda path: io.StringIO("MemTotal: 900 kB\nMemAvailable:  500 kB\n"), raising=False)
+    assert free_bytes(torch.device("cpu")) == int(0.6 * 1024 * 500)
+
+    def missing(path): raise FileNotFoundError(path)
+    monkeypatch.setattr("xmic.streams.open", missing)
+    monkeypatch.setattr("os.sysconf", lambda name: dict(SC_PAGE_SIZE=4096, SC_PHYS_PAGES=1000)[name])
+    assert free_bytes(torch.device("cpu")) == int(0.3 * 4096 * 1000)
+
+
+def test_rows_are_resident_where_they_fit(store, monkeypatch):
+    views, size = (store.view("hand"), store.view("full")), 2 * int(store.lengths.sum()) * 4 * 2  # two views of four float16 numbers
+    for free, resident in ((size, True), (size - 1, False)):
+        monkeypatch.setattr("xmic.streams.free_bytes", lambda device: free)
+        assert Streams(views[0], views, names(store)).resident is resident
+
+
+def test_without_a_conditioning_stream_there_is_none(store):
+    rows = sample_rows(np.zeros(40, int), store.lengths)
+    for resident in (True, False):
+        streams = Streams(store.view("hand"), [], names(store), resident=resident)
+        (positions, batch), *_ = streams.batches(np.arange(40), rows, 40)
+        assert len(streams) == 40 and batch.context is None and torch.equal(batch.video[..., 2], torch.from_numpy(rows).float())
+
+
+def test_conditioning_views_have_one_width(store, tmp_path):
+    write_json(tmp_path / "wide" / "manifest.json", {"dim": 6})
+    write_shard(tmp_path / "wide" / "P01_00.safetensors", [("P01_00_0", torch.zeros(2, 6).half(), np.arange(2))])
+    with pytest.raises(DataError, match="conditioning views differ in width: .*full: 4.*wide: 6"):
+        Streams(store.view("full"), [store.view("full"), store.view("wide")], ["P01_00_0"])
 
 
 def test_last_batch_may_be_left_out(store):
