@@ -97,6 +97,23 @@ def test_conditioning_views_have_one_width(store, tmp_path):
         Streams(store.view("full"), [store.view("full"), store.view("wide")], ["P01_00_0"])
 
 
+def test_a_view_of_clips_has_a_row_for_several_frames(store, tmp_path):
+    "A row of the other view stands for as many frames as its manifest says, and is found by its share of the segment."
+    write_json(tmp_path / "clips" / "manifest.json", {"dim": 4, "clip_frames": 4})
+    few = -(-store.lengths // 4)
+    for shard in range(5):
+        write_shard(tmp_path / "clips" / f"P01_{shard:02}.safetensors", [
+            (name, torch.tensor([[2, i, row, shard] for row in range(few[i])]).half(), np.arange(few[i]))
+            for i, name in list(enumerate(names(store)))[shard * 8:shard * 8 + 8]])
+    rows = sample_rows(np.zeros(40, int), store.lengths)
+    for resident in (True, False):
+        streams = Streams(store.view("full"), [store.view("clips"), store.view("full")], names(store), resident=resident)
+        assert streams.clip_frames == 1 and streams.lengths.tolist() == store.lengths.tolist()
+        (_, batch), *_ = streams.batches(np.arange(40), rows, 40)
+        assert torch.equal(batch.video[..., 2], torch.from_numpy(rows).float()) and torch.equal(batch.context[:, :, 1], batch.video)
+        assert batch.context[:, :, 0, 2].tolist() == [[row * int(few[i]) // int(store.lengths[i]) for row in rows[i].tolist()] for i in range(40)]
+
+
 def test_last_batch_may_be_left_out(store):
     rows = sample_rows(np.zeros(40, int), store.lengths)
     for streams in both(store):
@@ -133,6 +150,24 @@ def test_reading_ahead_ends_with_its_consumer():
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() == before
+
+
+def test_nothing_is_lost_while_the_consumer_is_slow():
+    found = []
+    for item in ahead(range(5), depth=1):
+        time.sleep(0.3)  # longer than one attempt to put an item into the line
+        found.append(item)
+    assert found == list(range(5))
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_no_more_is_read_ahead_than_the_line_holds(depth):
+    made = []
+    items = ahead((made.append(i) or i for i in range(100)), depth)
+    next(items)
+    time.sleep(0.5)  # longer is no harm
+    assert len(made) <= depth + 2  # the one taken, those in the line, and the one that waits for it
+    items.close()
 
 
 def test_an_error_ahead_is_raised_here():
