@@ -36,7 +36,7 @@ TINY = LaViLaConfig(image=32, patch=8, width=32, blocks=2, heads=2, text_width=3
 
 @pytest.fixture(scope="module")
 def released(golden) -> tuple[dict[str, Tensor], dict[str, Tensor], LaViLaConfig]:
-    "Weights and everything else of the golden vectors, and their sizes."
+    "Weights and everything else of the reference numbers, and their sizes."
     tensors, c = load_file(golden / "lavila.safetensors"), json.loads((golden / "lavila.json").read_text())["config"]
     config = LaViLaConfig(c["image"], c["patch"], c["vision_width"], c["vision_blocks"], c["vision_heads"], c["configured_frames"], c["text_width"],
                           c["text_layers"], c["text_heads"], c["vocab_size"], c["context_length"], c["project_embed_dim"])

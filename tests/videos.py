@@ -144,10 +144,16 @@ def count(task: int):
     yield from range(task)
 
 
-def count_slowly(task: int):
-    for number in range(task):
-        time.sleep(0.05)
-        yield number
+def wait_or_write(task: tuple[str, str]):
+    "Makes forty chunks and then a file, or waits for that file."
+    what, path = task
+    if what == "write":
+        yield from range(40)
+        Path(path).touch()
+        return
+    until = time.monotonic() + 60
+    while not Path(path).exists() and time.monotonic() < until: time.sleep(0.05)
+    yield "the other is made" if Path(path).exists() else "the other was never begun"
 
 
 def large(task: int):
