@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -385,3 +386,13 @@ def test_lines_that_are_none_are_passed_over(tmp_path, rubbish):
     assert {*FailureLog(path).read()} == {"a", "c"}
     log.tidy()
     assert path.read_text() == '{"segment_id": "a", "cause": "b"}\n{"segment_id": "c", "cause": "d"}\n'
+
+
+def test_a_parameter_without_a_gradient_keeps_none(monkeypatch):
+    "A gradient of zero would let its weight decay, where one process leaves it alone."
+    reached, left = torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(4))
+    reached.grad = torch.full((2, 3), 0.5)
+    monkeypatch.setattr(distributed, "world", lambda: (0, 2))
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda message: message.mul_(2))  # another process with the same numbers
+    loss, = distributed.sum_gradients([left, reached], torch.tensor(3.0))
+    assert left.grad is None and loss == 6 and (reached.grad == 1).all() and reached.grad.shape == (2, 3)
