@@ -36,7 +36,7 @@ test: env
 
 # From a clip to a table with another Python, in an environment of its own that is gone afterwards: make smoke PYTHON=python3.13.
 smoke:
-	@folder=$$(mktemp -d $(CURDIR)/.smoke-XXXXXX) && trap 'rm -rf $$folder' EXIT && \
+	@folder=$$(mktemp -d .smoke-XXXXXX) && trap 'rm -rf "$$folder"' EXIT && \
 	$(MAKE) --silent env VENV=$$folder PYTHON='$(PYTHON)' && $$folder/bin/python tests/smoke.py
 
 lab: env
