@@ -285,7 +285,8 @@ class _NothingRead(Exception):
 
 def _keep(before: FrameShard | None, writer: ShardWriter, gone: set[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     "Copies the pixels of all segments but some from an earlier shard; gives what belongs to whom."
-    held = {i: tables for i, tables in _split_tables(before).items() if i not in gone} if before else {}
+    if before is None: return {}
+    held = {i: tables for i, tables in _split_tables(before).items() if i not in gone}
     used = np.unique(np.concatenate([rows for rows, _ in held.values()])) if held else np.empty(0, int)
     for first in range(0, len(used), 64): writer.append(before.read(used[first:first + 64]))
     return {i: (np.searchsorted(used, rows), numbers) for i, (rows, numbers) in held.items()}
@@ -337,7 +338,8 @@ def _store_video(task: ClipTask, items: Iterator[Item], store: FrameStore, repor
 
 def _remove_outdated(task: ClipTask, store: FrameStore, done: set[str], failed: set[str]) -> None:
     "Removes segments that were stored in the shard of another video, or of times that cannot be read."
-    own, outdated = shard_name(task.video_id), {}
+    own = shard_name(task.video_id)
+    outdated: dict[str, set[str]] = {}  # by shard
     for i in (s.segment_id for s in task.segments if s.segment_id in store.place):
         if i in failed and not (done and store.shard_of(i) == own) or i in done and store.shard_of(i) != own:
             outdated.setdefault(store.shard_of(i), set()).add(i)
