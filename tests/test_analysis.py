@@ -393,8 +393,8 @@ def test_the_report_writes_every_value_as_it_is(world, tmp_path):
         write_json(tmp_path / "runs" / f"noun{number}" / "config.json", read_json(world[f"noun{number}"] / "config.json") | dict(lr=lr))
     cells = json.loads((project_root() / "nbs/report.ipynb").read_text(encoding="utf-8"))["cells"]
     (code,) = [source for cell in cells if "runs.csv" in (source := "".join(cell["source"])) and "to_csv" in source]
-    made, plan = SimpleNamespace(runs_root=tmp_path / "runs", reports=tmp_path), SimpleNamespace(runs=["noun0", "noun1"])
-    exec(code, dict(analysis=analysis, made=made, plan=plan, from_root=from_root, whole_file=whole_file, HTML=str))
+    made, plan = SimpleNamespace(runs_root=tmp_path / "runs", reports=tmp_path), SimpleNamespace(runs=dict(noun0=None, noun1=None))
+    exec(code, dict(analysis=analysis, made=made, plan=plan, changed={}, from_root=from_root, whole_file=whole_file, HTML=str))
     written, table = pd.read_csv(tmp_path / "runs.csv"), tidy(tmp_path / "runs")
     assert set(written.lr) == {5e-4, 1e-6}
     numbers = list(table.select_dtypes("number"))

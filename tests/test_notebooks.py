@@ -87,7 +87,7 @@ def test_decoding_workers_import_neither_torch_nor_open_clip():
 
 
 def test_modules_import_only_from_below():
-    order = {p.stem.split("_", 1)[1]: int(p.stem[:2]) for p in NOTEBOOKS if re.match(r"\d\d_", p.stem)}
+    order = {name.split("_", 1)[1]: place for place, name in enumerate(sorted(p.stem for p in NOTEBOOKS if re.match(r"\d\d_", p.stem)))}
     for module, place in order.items():
         used = re.findall(r"(?m)^from \.(\w+) import", (ROOT / "xmic" / f"{module}.py").read_text(encoding="utf-8"))
         assert all(order[u] < place for u in used), (module, used)

@@ -1,7 +1,7 @@
 "Rows on the device and rows read from disk give the same batches, whatever is sampled."
-import io
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,11 +66,11 @@ def test_a_batch_elsewhere_or_in_another_precision():
 def test_features_may_take_a_share_of_the_free_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
     assert free_bytes(torch.device("cuda", 0)) == 600
-    monkeypatch.setattr("xmic.streams.open", lambda path: io.StringIO("MemTotal: 900 kB\nMemAvailable:  500 kB\n"), raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: "MemTotal: 900 kB\nMemAvailable:  500 kB\n")
     assert free_bytes(torch.device("cpu")) == int(0.6 * 1024 * 500)
 
-    def missing(path): raise FileNotFoundError(path)
-    monkeypatch.setattr("xmic.streams.open", missing)
+    def missing(path, **_): raise FileNotFoundError(path)
+    monkeypatch.setattr(Path, "read_text", missing)
     monkeypatch.setattr("os.sysconf", lambda name: dict(SC_PAGE_SIZE=4096, SC_PHYS_PAGES=1000)[name])
     assert free_bytes(torch.device("cpu")) == int(0.3 * 4096 * 1000)
 

@@ -435,9 +435,7 @@ def build(
         if _same_world(root, wanted) and not todo:
             return root
         write_json(root / ".building.json", wanted)
-        for dataset in LISTS:
-            for folder in {part.parent for part in (root / dataset).rglob(".*.part*")}:
-                remove_leftovers(folder)
+        _remove_leftovers(root)
         clips, left = (sum(len(reel.actions) for reel in some) for some in (reels, todo))
         with DecodePool((os.cpu_count() or 2) if workers is None else workers, timeout=600) as pool, \
                 progress_bar(clips, "clip", clips - left, "mini world", progress) as bar:
@@ -452,9 +450,16 @@ def build(
             splits = sorted({reel.split for reel in own})
             counts[dataset] = dict(videos=len(own), frames=sum(reel.frames for reel in own), nouns=len(LISTS[dataset].nouns), verbs=len(LISTS[dataset].verbs),
                                    segments={split: sum(len(reel.actions) for reel in own if reel.split == split) for split in splits})
+        _remove_leftovers(root)  # of a worker that outlived a killed build for a moment
         write_json(root / "world.json", wanted | dict(datasets=counts))
         (root / ".building.json").unlink()
     return root
+
+
+def _remove_leftovers(root: Path) -> None:
+    for dataset in LISTS:
+        for folder in {part.parent for part in (root / dataset).rglob(".*.part*")}:
+            remove_leftovers(folder)
 
 # %% ../nbs/32_mini.ipynb #fb1b7a87
 def contact_sheet(

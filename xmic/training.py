@@ -125,10 +125,10 @@ def _split_hashes(segments: pd.DataFrame, kinds: Sequence[str]) -> dict[str, str
 
 def _videos_of(segment_ids: Sequence[str], views: Sequence[StoredView] | Sequence[FrameStore]) -> dict[str, Any]:
     "How many segments have features, and a hash of the videos that these were taken from; None where that is not known of all."
-    origins = [view.origins.get(i) for view in views for i in sorted(segment_ids)]
-    known = all(origin is not None and origin.video for origin in origins)
-    said = "\n".join(cast(Any, origin).video for origin in origins) if known else ""
-    return dict(with_features=len(segment_ids), videos=hashlib.sha256(said.encode()).hexdigest() if known else None)
+    origins = {(i, view.origins.get(i)) for view in views for i in segment_ids}
+    known = all(origin is not None and origin.video for _, origin in origins)
+    said = sorted({f"{i} {cast(Any, origin).video}" for i, origin in origins}) if known else []
+    return dict(with_features=len(segment_ids), videos=hashlib.sha256("\n".join(said).encode()).hexdigest() if known else None)
 
 # %% ../nbs/23_training.ipynb #113da776
 def data_differences(

@@ -565,6 +565,19 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 # %% ../nbs/04_video.ipynb #597c1145
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    "A process that is started here leaves Ctrl-C to its parent, from its first moment."
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Worker:
     "A worker process and this side of its pipe."
 
@@ -574,7 +587,8 @@ class _Worker:
         self.process = context.Process(target=_work, args=(end, timeout), daemon=True)
         script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
         try:
-            self.process.start()
+            with _without_interrupts():
+                self.process.start()
         finally:
             sys.modules["__main__"] = script
         end.close()
