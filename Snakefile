@@ -3,9 +3,13 @@
 import json
 import os
 import re
+import signal
 import sys
+from functools import partial
 
-from xmic import experiments
+from snakemake.logging import logger
+
+from xmic import experiments, warm
 
 PROFILE = experiments.profile(config.get("profile") or "mini", config.get("size") or "default", config.get("data") or None)
 PLAN = experiments.plan(PROFILE, str(config.get("tables") or "all"), int(config.get("seeds") or 1))
@@ -21,13 +25,17 @@ SHARDS = int(config.get("shards") or 1)  # jobs for each store of features or fr
 WORLD = f"{PROFILE.data}/world.json"
 LIBRARY = ["xmic/reporting.py", "xmic/experiments.py"]
 ANNOTATIONS = {} if MINI else {name: experiments.annotations(PROFILE, store) for name, store in PLAN.stores.items()}
+if not MINI:  # the files' times say nothing, so what is done is taken back where their contents have changed
+    for name in experiments.note_annotations(PLAN): print(f"The annotations behind {name} have changed: it is extracted again, as far as that is needed.", file=sys.stderr)
 
 os.environ["OMP_NUM_THREADS"] = str(PROFILE.threads)
 # Where no GPU is used, a fresh Python would import for longer than it trains: papermill and its kernels are forks there (xmic.warm).
+FORKS = not PROFILE.gpus and sys.platform == "linux"
 os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [os.path.abspath("profiles/jupyter"), os.environ.get("JUPYTER_PATH")]))
-PROGRAM = "python -m xmic.warm papermill -k warm" if not PROFILE.gpus and sys.platform == "linux" else "papermill"
 # A job waits for the one that a killed snakemake may have left behind; what a notebook prints is in the job's log.
-PAPERMILL = "flock $(dirname {log.text}) {PROGRAM} --no-progress-bar --cwd . {input.notebook} {log.notebook} -y {params.settings:q} > {log.text} 2>&1"
+PAPERMILL = ("python -m xmic.warm $(dirname {log.text})/job.lock papermill " + "-k warm " * FORKS +
+             "--no-progress-bar --cwd . {input.notebook} {log.notebook} -y {params.settings:q} > {log.text} 2>&1")
+INTERRUPTED = []  # the signals that came
 
 
 def weights(store):
@@ -68,7 +76,9 @@ rule all:
 rule world:
     message: f"the mini world, size {PROFILE.size}"
     output: WORLD
-    params: call=f"from xmic.mini import build; build(root={PROFILE.data!r}, size={PROFILE.size!r})", stale=PROFILE.features_root
+    params:
+        call=f"from signal import *; signal(SIGINT, SIG_DFL); from xmic.mini import build; build(root={PROFILE.data!r}, size={PROFILE.size!r})",
+        stale=PROFILE.features_root
     threads: workflow.cores or 1
     shell: "rm -rf {params.stale:q} && python -c {params.call:q}"
 
@@ -188,9 +198,26 @@ rule clips:
     shell: PAGE
 
 
+def interrupted(before, number, frame):
+    "Says so once, before snakemake ends; what it would then say about the jobs that end with it is no failure of theirs."
+    if not INTERRUPTED:
+        logger.disabled = True
+        os.write(2, b"\nInterrupted: no other job is begun. What is done is kept; the same command goes on from here.\n")
+    INTERRUPTED.append(number)
+    before(number, frame)
+
+
+onstart:
+    if FORKS and (address := warm.start()):
+        os.environ[warm.ADDRESS] = address
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, partial(interrupted, signal.getsignal(number)))
+
+
 onerror:
-    failed = experiments.failures(PLAN)
-    print("\nThese jobs failed:" if len(failed) else "\nWhat failed is named above.")
-    for job in failed.itertuples():
-        print(f"  {job.job}\n    {job.cause}\n    see {job.notebook}")
-    print("What did not depend on them is done. The same command goes on from here.")
+    if not INTERRUPTED:
+        failed = experiments.failures(PLAN)
+        print("\nThese jobs failed:" if len(failed) else "\nWhat failed is named above.")
+        for job in failed.itertuples():
+            print(f"  {job.job}\n    {job.cause}\n    see {job.notebook}")
+        print("What did not depend on them is done. The same command goes on from here.")

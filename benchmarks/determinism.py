@@ -40,11 +40,12 @@ def outcome(folder: Path) -> dict[str, dict]:
     "What a clone left behind, by kind and name."
     names = lambda pattern: sorted(folder.glob(pattern))
     digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
+    world = next(folder.glob("runs/*")).name  # "mini-tiny"; the clone also holds the committed report of another
     return dict(
         features={str(p.relative_to(folder)): digest(p) for p in names("features/*/*/*/*/*.safetensors")},
         weights={p.parent.name: digest(p) for p in names("runs/*/*/model.safetensors")},
         metrics={p.parent.name: leaves(json.loads(p.read_text())["results"]) for p in names("runs/*/*/metrics.json")},
-        tables={p.name: list(csv.reader(p.open())) for p in names("reports/mini/table*.csv")})
+        tables={p.name: list(csv.reader(p.open())) for p in names(f"reports/{world}/table*.csv")})
 
 
 def compared(first: Path, second: Path) -> dict[str, dict]:

@@ -28,7 +28,8 @@ from xmic.features import StoredView, shard_name, write_shard
 from xmic.files import DataError, write_json
 from xmic.segments import read_classes, read_segments
 from xmic.streams import Batch, Streams, free_bytes
-from xmic.training import Split, TrainConfig, Trainer, build_method, peak_memory, pick_device, provenance, resolve
+from xmic.config import TrainConfig, build_method, resolve
+from xmic.training import Split, Trainer, peak_memory, pick_device, provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 DIM, VIEWS = 512, ("full", "hand")

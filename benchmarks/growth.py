@@ -25,7 +25,8 @@ from xmic.evaluation import summarise  # noqa: E402
 from xmic.features import ExtractReport, FeatureStore, _left_to_do, shard_name, write_shard  # noqa: E402
 from xmic.files import write_json  # noqa: E402
 from xmic.streams import Streams  # noqa: E402
-from xmic.training import Split, TrainConfig, Trainer, build_method, evaluate, resolve  # noqa: E402
+from xmic.config import TrainConfig, build_method, resolve
+from xmic.training import Split, Trainer, evaluate  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 VIEWS, DIM, PER_VIDEO = ("full", "hand"), 32, 136  # as many segments a video as EPIC-KITCHENS has

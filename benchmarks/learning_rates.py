@@ -14,7 +14,8 @@ import torch
 from epic_scale import made_with
 from xmic.experiments import METHODS, prepare, profile, run
 from xmic.files import read_json, settings, write_json
-from xmic.training import TrainConfig, resolve, train
+from xmic.config import TrainConfig, resolve
+from xmic.training import train
 
 OUT = Path(__file__).resolve().parents[1] / "reports" / "bench" / "learning_rates.json"
 TASKS = (("ego4d", "noun"), ("epic", "verb"))

@@ -19,7 +19,7 @@ from videos import numbered_frame, write_video  # noqa: E402
 from xmic.encoders import create_encoder  # noqa: E402
 from xmic.files import write_json  # noqa: E402
 from xmic.recognizer import Recognizer  # noqa: E402
-from xmic.training import TrainConfig, build_method, resolve  # noqa: E402
+from xmic.config import TrainConfig, build_method, resolve  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,7 +15,8 @@ from xmic.experiments import MINI_NOTE, Profile, Run, profile, run  # noqa: E402
 from xmic.features import ExtractConfig, FeatureStore, extract_dataset  # noqa: E402
 from xmic.files import write_json  # noqa: E402
 from xmic.mini import build  # noqa: E402
-from xmic.training import RunResult, TrainConfig, train  # noqa: E402
+from xmic.config import TrainConfig
+from xmic.training import RunResult, train  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 WAYS: dict[str, dict] = {  # what is extracted, what is trained, on how many threads; the first is what the others are compared with

@@ -21,7 +21,7 @@ from xmic.experiments import TABLES, plan, profile  # noqa: E402
 from xmic.files import settings, write_json  # noqa: E402
 from xmic.segments import read_classes  # noqa: E402
 from xmic.streams import Batch  # noqa: E402
-from xmic.training import CONDITIONED, PIXELS, UNTRAINED, TrainConfig, build_method, resolve, text_tower  # noqa: E402
+from xmic.config import CONDITIONED, PIXELS, UNTRAINED, TrainConfig, build_method, resolve, text_tower  # noqa: E402
 
 SPLITS = {("epic", "train"): "EPIC-KITCHENS train", ("epic", "test"): "EPIC-KITCHENS test", ("ego4d", "train"): "Ego4D train",
           ("ego4d", "test"): "Ego4D test", ("egtea", "test"): "EGTEA test"}

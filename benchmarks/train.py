@@ -29,7 +29,8 @@ from xmic.files import DataError, write_json
 from xmic.segments import read_segments
 from xmic.streams import Streams
 from xmic.together import Together
-from xmic.training import Split, TrainConfig, Trainer, build_method, peak_memory, pick_device, resolve
+from xmic.config import TrainConfig, build_method, resolve
+from xmic.training import Split, Trainer, peak_memory, pick_device
 
 FPS = 4.0  # rows a second in the generated store
 

@@ -4,10 +4,13 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 for name in ("XMIC_ROOT", "XMIC_DATA", "XMIC_CACHE"):  # whoever runs the tests may have data of their own
     os.environ.pop(name, None)
+settings.register_profile("patient", deadline=None)  # of hypothesis: no example fails for its time
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")
@@ -20,12 +23,9 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def golden(shared_data: Path) -> Path:
-    "The folder of reference inputs, weights, outputs and gradients, beside the test data."
-    folder = shared_data.parent / "golden"
-    if not folder.is_dir():
-        pytest.skip(f"needs the golden vectors: {folder} does not exist")
-    return folder
+def golden() -> Path:
+    "The folder of reference inputs, weights, outputs and gradients."
+    return ROOT / "tests" / "golden"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,7 +2,7 @@
 
     python tests/generated.py FOLDER [--train 320] [--test 100000] [--tables all] [--seeds 1]
 
-writes FOLDER/report/index.html. It needs the licensed annotation files (XMIC_TEST_DATA). Of Ego4D only the class lists are public, so the rows of its
+writes FOLDER/data/report/index.html. It needs the licensed annotation files (XMIC_TEST_DATA). Of Ego4D only the class lists are public, so the rows of its
 annotation files are generated, too."""
 import argparse
 import json
@@ -57,11 +57,11 @@ def write_ego4d(shared_data: Path, root: Path, train: int, test: int) -> None:
         write_json(folder / f"fho_lta_{split}.json", sample | dict(split=split, clips=clips))
 
 
-def write_profile(root: Path, folder: Path) -> None:
-    "The paper's profile with small encoders, one short epoch, and places of its own."
+def write_profile(root: Path) -> None:
+    "The paper's profile with small encoders, one short epoch, and places beside the data."
     write_json(root / "profile.json", dict(
-        encoders={role: dict(encoder=name) for role, name in MINI_ENCODERS.items()}, features_root=str(folder / "features"), runs_root=str(folder / "runs"),
-        reports=str(folder / "report"), note=NOTE, threads=1, gpus=0, extract=dict(device="cpu"),
+        encoders={role: dict(encoder=name) for role, name in MINI_ENCODERS.items()}, features_root="features", runs_root="runs",
+        reports="report", note=NOTE, threads=1, gpus=0, extract=dict(device="cpu"),
         train=dict(epochs=1, warmup_epochs=0, device="cpu", progress=False), methods=dict(vita_clip=dict(batch_size=32, frames=4))))
 
 
@@ -116,7 +116,7 @@ def make(folder: Path, shared_data: Path, train: int, test: int, tables: str = "
     if not (root / "profile.json").exists():
         link_official_files(shared_data, root)
         write_ego4d(shared_data, root, train, min(test, 4000))
-        write_profile(root, folder)
+        write_profile(root)
     made = plan(profile("paper", data=str(root)), tables, seeds)
     for store in made.stores.values():
         if not (Path(made.folder(store.name)) / "done").exists():

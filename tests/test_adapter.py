@@ -1,4 +1,5 @@
 """The attention block and X-MIC against the reference vectors, and what must hold whatever the weights are."""
+import copy
 
 import pytest
 import torch
@@ -6,8 +7,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 
-from xmic.adapter import XMIC, Batch, EgoSpatioTemporalAttention, ZeroShot, cosine_logits, trained_parameters
-from xmic.attention import Block, Transformer, linear
+from xmic import attention
+from xmic.adapter import XMIC, Batch, EgoSpatioTemporalAttention, ZeroShot, cosine_logits, trained_parameters, video_embedding
+from xmic.attention import Block, Transformer, by_linear, linear
 from xmic.encoders import ClassEmbeddings
 from xmic.files import DataError
 
@@ -142,6 +144,30 @@ def test_cosine_logits_stay_in_float32_under_autocast():
     torch.testing.assert_close(mixed.double(), exact, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_cosine_logits_of_stored_features_are_computed_in_float32(half):
+    text, vector, video = torch.randn(5, 64), torch.randn(3, 64), torch.randn(3, 64).to(half)
+    assert torch.equal(cosine_logits(text, vector, video, 100.0), cosine_logits(text, vector, video.float(), 100.0))
+
+
+def test_frames_are_scaled_to_length_one_before_the_mean_where_asked():
+    frames, classes = 3 * torch.randn(2, 4, 32) * torch.arange(1.0, 5.0)[:, None], ClassEmbeddings(("a", "b", "c"), torch.randn(3, 32))
+    scaled = frames / frames.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(video_embedding(frames, True), scaled.mean(1))
+    torch.testing.assert_close(video_embedding(frames), frames.mean(1))
+    context = torch.randn(2, 4, 2, 32)
+    xmic, clip, none = XMIC(32, frames=4, normalize_frames=True), ZeroShot(normalize_frames=True), torch.zeros(2, 32)
+    torch.testing.assert_close(clip(Batch(frames), classes), cosine_logits(classes.text, none, scaled.mean(1), 100.0))
+    wanted = cosine_logits(classes.text, 2.0 * xmic.vector(context), scaled.mean(1), 100.0)
+    torch.testing.assert_close(xmic(Batch(frames, context), classes), wanted)
+    assert not torch.allclose(clip(Batch(frames), classes), ZeroShot()(Batch(frames), classes), atol=0.1)
+
+
+def test_a_batch_without_a_conditioning_stream_is_refused():
+    with pytest.raises(DataError, match="X-MIC reads a conditioning stream, and this batch has none"):
+        XMIC(32)(Batch(torch.randn(2, 16, 32)), ClassEmbeddings(("a",), torch.randn(1, 32)))
+
+
 def test_cosine_logits_never_hold_a_class_by_dimension_tensor_per_video():
     b, c, d = 8, 50, 64
     largest = 0
@@ -180,6 +206,14 @@ def test_attention_maps_are_distributions():
     assert {k: tuple(v.shape) for k, v in maps.items()} == {"spatial": (2, 16, 2, 2), "temporal": (2, 16, 16)}
     for weights in maps.values():
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+    assert set(EgoSpatioTemporalAttention(32).attention(torch.randn(2, 16, 1, 32))) == {"temporal"}  # one view has nothing to look at
+    assert set(EgoSpatioTemporalAttention(32, temporal_layers=0).attention(torch.randn(2, 16, 2, 32))) == {"spatial"}
+
+
+def test_the_maximum_over_tokens_is_taken_where_asked():
+    module = EgoSpatioTemporalAttention(32, merge="concat", pool="max")
+    x = torch.randn(2, 16, 2, 32)
+    torch.testing.assert_close(module(x), module.temporal(module.tokens(x)).max(1).values)
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -190,7 +224,7 @@ def test_wrong_settings_are_refused(settings, message):
 
 
 def test_another_number_of_frames_is_refused():
-    with pytest.raises(DataError, match="built for 16 frames"):
+    with pytest.raises(DataError, match="built for 16 frames per video and was given 8"):
         EgoSpatioTemporalAttention(32)(torch.randn(1, 8, 2, 32))
 
 
@@ -225,6 +259,35 @@ def test_linear_maps_equal_pytorchs(shape, d, out, bias, turned):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     for a, b in zip(mine, expected):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_linear_maps_go_through_onednn_where_it_is(monkeypatch):
+    asked = []
+    monkeypatch.setattr(attention, "_product", lambda x, weight, bias=None: asked.append(x.dtype) or F.linear(x, weight, bias))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        linear(torch.randn(4, 8, dtype=dtype), torch.randn(6, 8, dtype=dtype))
+    assert asked == ([torch.float32] if attention._HAS_ONEDNN else [])
+
+
+@pytest.mark.parametrize("queries", [1, 3, 7])
+def test_the_attention_of_a_tower_equals_pytorchs(queries):
+    "With the tokens as queries, and with some of them alone, as in a last block whose class token is all that is needed."
+    plain = torch.nn.Sequential(torch.nn.MultiheadAttention(32, 4, batch_first=True), torch.nn.Linear(32, 8))
+    torch.nn.init.normal_(plain[0].in_proj_bias), torch.nn.init.normal_(plain[0].out_proj.bias)
+    ours = by_linear(copy.deepcopy(plain))
+    assert type(ours[0]) is not type(plain[0]) and type(ours[1]) is not torch.nn.Linear
+    x = torch.randn(2, 7, 32)
+    for query in (x, x[:, :queries], torch.randn(2, queries, 32)):
+        (found, none), (wanted, _) = ours[0](query, x, x, need_weights=False), plain[0](query, x, x, need_weights=False)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours[1](found), plain[1](wanted), rtol=1e-4, atol=1e-5)
+        assert none is None
+
+
+def test_other_attentions_of_a_tower_stay_as_they_are():
+    kept = torch.nn.Sequential(torch.nn.MultiheadAttention(32, 4), torch.nn.MultiheadAttention(32, 4, batch_first=True, bias=False),
+                               torch.nn.MultiheadAttention(32, 4, batch_first=True, kdim=16, vdim=16))
+    assert all(type(module) is torch.nn.MultiheadAttention for module in by_linear(kept))
 
 
 def test_linear_maps_of_several_runs_at_once():

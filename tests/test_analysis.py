@@ -1,7 +1,10 @@
 """What goes past the tables: every number against a slow computation by hand, on runs whose lines are drawn here."""
 import itertools
+import json
 import math
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -13,11 +16,12 @@ from hypothesis import strategies as st
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from xmic import analysis  # noqa: E402
 from xmic.analysis import (action_accuracies, accuracies, actions, by_frequency, by_official_tail, by_participant, calibration,  # noqa: E402
                            calibration_error, class_frequencies, confusions, difference, neighbours, pair_runs, paired_draws,
                            plot_accuracies, plot_confusions, plot_differences, plot_reliability, predictions, reliability, tidy)
 from xmic.classes import ClassSet  # noqa: E402
-from xmic.files import DataError, read_json, write_json  # noqa: E402
+from xmic.files import DataError, from_root, project_root, read_json, whole_file, write_json  # noqa: E402
 from xmic.paper import harmonic_mean  # noqa: E402
 from xmic.segments import read_classes, read_segments  # noqa: E402
 
@@ -380,6 +384,22 @@ def test_the_tidy_table_loads_with_pandas_alone(world, tmp_path):
     assert (one.parameters, one.seconds, one.process_mib, one.commit) == (10, 1.5, 700, "abc")
     means = table[table.run == "xmic-verb-1"].set_index("measure").value
     assert means["harmonic_mean source+target"] == pytest.approx(metrics["harmonic_means"]["verb"]["epic+csv"]) and means["harmonic_mean shared+novel"] == 12
+
+
+def test_the_report_writes_every_value_as_it_is(world, tmp_path):
+    "The report's own cell, over runs whose learning rates have few digits before and many behind the point."
+    for number, lr in enumerate((5e-4, 1e-6)):
+        shutil.copytree(world[f"noun{number}"], tmp_path / "runs" / f"noun{number}")
+        write_json(tmp_path / "runs" / f"noun{number}" / "config.json", read_json(world[f"noun{number}"] / "config.json") | dict(lr=lr))
+    cells = json.loads((project_root() / "nbs/report.ipynb").read_text(encoding="utf-8"))["cells"]
+    (code,) = [source for cell in cells if "runs.csv" in (source := "".join(cell["source"])) and "to_csv" in source]
+    made, plan = SimpleNamespace(runs_root=tmp_path / "runs", reports=tmp_path), SimpleNamespace(runs=dict(noun0=None, noun1=None))
+    exec(code, dict(analysis=analysis, made=made, plan=plan, changed={}, from_root=from_root, whole_file=whole_file, HTML=str))
+    written, table = pd.read_csv(tmp_path / "runs.csv"), tidy(tmp_path / "runs")
+    assert set(written.lr) == {5e-4, 1e-6}
+    numbers = list(table.select_dtypes("number"))
+    assert {"value", "low", "high", "count", "seconds", "parameters"} <= set(numbers)
+    pd.testing.assert_frame_equal(written[numbers], table[numbers], check_dtype=False, rtol=0, atol=0)
 
 
 def test_settings_that_differ_have_a_column(world, tmp_path):

@@ -16,7 +16,8 @@ from world import register_tiny
 from xmic.challenge import (Scores, challenge_measures, join_scores, read_submission, score_submission, scores_of_run, submission_of_runs,
                             top_actions, validation_truth, write_submission)
 from xmic.files import DataError
-from xmic.training import RunResult, TrainConfig, train
+from xmic.config import TrainConfig
+from xmic.training import RunResult, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
 V, M, N = 12, 15, 30
@@ -79,6 +80,18 @@ def test_the_file_is_the_published_one(scores, tmp_path):
         assert [tuple(map(int, key.split(","))) for key in entry["action"]] == list(wanted)
         assert np.allclose(list(entry["action"].values()), list(wanted.values()))
     assert path.read_bytes() == write_submission(tmp_path / "again.zip", scores, (5, 3, 2)).read_bytes()
+
+
+def test_a_submission_overwrites_nothing_unasked(scores, tmp_path):
+    path = tmp_path / "submission.zip"
+    path.write_text("mine")
+    with pytest.raises(DataError, match="exists already.*overwrite=True"): write_submission(path, scores, (5, 3, 2))
+    assert path.read_text() == "mine"
+    assert write_submission(path, scores, (5, 3, 2), overwrite=True).stat().st_size > 100
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "predictions.csv").write_text("a run's")
+    with pytest.raises(DataError, match="is an input"):
+        submission_of_runs(tmp_path / "run" / "predictions.csv", tmp_path / "run", tmp_path / "run", (5, 3, 2), overwrite=True)
 
 
 @pytest.mark.parametrize("actions", [True, False])

@@ -1,6 +1,7 @@
 """The command, as people call it."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from videos import write_jpegs, write_video
 from world import register_tiny, write_world
-from xmic.cli import app, seconds, videos
+from xmic.cli import app, output_names, seconds, videos
 from xmic.files import DataError, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,6 +113,87 @@ def test_pages_and_annotated_videos(films, tmp_path):
     assert done.exit_code == 0 and "a.html written" in done.stderr and {p.name for p in tmp_path.iterdir()} == {"a.html", "a.mp4"}
     done = call(films / "a.mp4", films / "c.mov", *MINI, *NAMES, "--html", tmp_path / "pages")
     assert done.exit_code == 0 and {p.name for p in (tmp_path / "pages").iterdir()} == {"a.html", "c.html"}
+
+
+def untouched(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def no_model(*_):
+    raise AssertionError("a model was loaded")
+
+
+def test_recordings_are_never_overwritten(films, tmp_path, monkeypatch):
+    own = tmp_path / "own"
+    shutil.copytree(films, own)
+    (own / "nouns.html").write_text("pan\nknife\n")
+    (own / "link.mp4").symlink_to(own / "a.mp4")
+    os.link(own / "a.mp4", tmp_path / "hard.mp4")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.mp4").symlink_to(own / "a.mp4")
+    before = untouched(tmp_path)
+    monkeypatch.setattr("xmic.cli._recognizer", no_model)
+    monkeypatch.chdir(own)
+    for arguments in ([".", "--video", "."], [own, "--video", own], ["a.mp4", "--video", "a.mp4"], ["a.mp4", "--video", own / "link.mp4"],
+                      ["link.mp4", "--video", "a.mp4"], ["a.mp4", "--video", tmp_path / "hard.mp4"], ["a.mp4", "--video", tmp_path / "out"],
+                      ["a.mp4", "--nouns", "nouns.html", "--html", "nouns.html"], ["c.mov", "a.mp4", "--video", "../own"]):
+        for more in ([], ["--overwrite"]):
+            done = call(*arguments, *MINI, *(NAMES if "--nouns" not in arguments else []), *more)
+            assert done.exit_code == 1 and "is an input" in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
+            assert untouched(tmp_path) == before
+
+
+def test_files_that_exist_are_overwritten_only_on_demand(films, tmp_path, monkeypatch):
+    for name in ("a.html", "a.mp4"): (tmp_path / name).write_text("mine")
+    ask = [films / "a.mp4", *MINI, *NAMES, "--every", "all"]
+    with monkeypatch.context() as patch:
+        patch.setattr("xmic.cli._recognizer", no_model)
+        for wrong in (["--html", tmp_path / "a.html"], ["--html", tmp_path], ["--video", tmp_path / "a.mp4"]):
+            done = call(*ask, *wrong)
+            assert done.exit_code == 1 and "exists already" in done.stderr and "--overwrite" in done.stderr and str(tmp_path) in done.stderr
+        done = call(*ask, "--html", tmp_path / "a.html" / "pages")
+        assert done.exit_code == 1 and "is a file, not a folder" in done.stderr
+    assert (tmp_path / "a.html").read_text() == (tmp_path / "a.mp4").read_text() == "mine"
+    done = call(*ask, "--html", tmp_path / "a.html", "--video", tmp_path / "a.mp4", "--overwrite")
+    assert done.exit_code == 0 and (tmp_path / "a.html").stat().st_size > 1000 and (tmp_path / "a.mp4").stat().st_size > 1000
+
+
+def test_videos_of_one_name_get_pages_of_their_own(films, tmp_path):
+    for folder, seconds in (("a", 2), ("b", 3)):
+        (tmp_path / folder).mkdir()
+        write_video(tmp_path / folder / "x.mp4", 10 * seconds, 10)
+    write_video(tmp_path / "a/x.mov", 10, 10)
+    done = call(tmp_path / "a", tmp_path / "b/x.mp4", *MINI, *NAMES, "--every", "all", "--html", tmp_path / "out", "--video", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    written = [line.split()[1] for line in done.stderr.splitlines() if line.endswith("written")]
+    assert len(written) == len(set(written)) == 6 and {Path(w) for w in written} == set((tmp_path / "out").iterdir())
+    ends = {name: (tmp_path / f"out/{name}.html").read_text().split("<title>")[1].split("stretches to ")[1].split()[0] for name in ("x", "x.mp4", "x.mov")
+            if (tmp_path / f"out/{name}.html").exists()}
+    assert ends == {"x.mp4": "2.0", "x.mov": "1.0", "x": "3.0"}
+
+
+@pytest.mark.parametrize("given, names", [
+    (["a/x.mp4", "b/x.mp4"], ["a-x", "b-x"]), (["x.mp4", "x.mov"], ["x.mp4", "x.mov"]), (["p/a/x.mp4", "q/a/x.mp4"], ["p-a-x", "q-a-x"]),
+    (["a/X.mp4", "b/x.mp4"], ["a-X", "b-x"]), (["X.mp4", "x.mp4"], ["X.mp4", "x.mp4-2"]), (["/x.mp4", "/a/x.mp4"], ["x", "a-x"]),
+    (["a/x.mp4", "b/x.mp4", "a-x.mp4"], ["a-x", "b-x", "a-x-2"]), (["rtsp://a/live", "rtsp://b/live"], ["a-live", "b-live"])])
+def test_names_of_outputs(given, names):
+    made = output_names(given)
+    assert made == names and len({name.casefold() for name in made}) == len(given)
+
+
+def test_a_video_given_twice_is_said_where_it_is_written(films):
+    for given in (["a.mp4", "./a.mp4"], [".", "a.mp4"]):
+        with pytest.raises(DataError, match="given twice"): output_names(videos([str(films / one) for one in given]))
+
+
+def test_a_part_is_said_and_nothing_else_is_written(films, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    before = untouched(films)
+    done = call(films / "a.mp4", *MINI, *NAMES, "--start", "1s", "--stop", "4s", "--video", tmp_path / "out.mp4")
+    assert done.exit_code == 0 and f"{tmp_path / 'out.mp4'} written, the part from 1.0 to 4.0 s" in done.stderr
+    call(films / "a.mp4", *MINI, *NAMES, "--json")
+    assert untouched(films) == before and [p.name for p in tmp_path.iterdir() if p.name != "here"] == ["out.mp4"] and not list((tmp_path / "here").iterdir())
 
 
 def test_given_hand_boxes(films, tmp_path):

@@ -82,6 +82,15 @@ def test_average_after_is_the_mean_of_adapted_frames():
     torch.testing.assert_close(before.video(one.video), method.video(one.video))
 
 
+@pytest.mark.parametrize("average", ["before", "after"])
+def test_frames_are_scaled_to_length_one_before_the_mean_where_asked(average):
+    batch, _ = some_batch()
+    method = CLIPAdapter(64, average=average, normalize_frames=True).double()
+    frames = batch.video if average == "before" else method.visual(batch.video)
+    mean = (frames / frames.norm(dim=-1, keepdim=True)).mean(1)
+    torch.testing.assert_close(method.video(batch.video), method.visual(mean) if average == "before" else mean)
+
+
 def test_the_ratios_belong_to_their_branches():
     batch, classes = some_batch()
     method = CLIPAdapter(64, "both", ratio=0.8, text_ratio=0.1).double()
@@ -128,7 +137,7 @@ def test_wrong_settings_are_refused(settings, message):
 
 def test_another_number_of_frames_is_refused():
     batch, classes = some_batch(t=8)
-    with pytest.raises(DataError, match="built for 16 frames"):
+    with pytest.raises(DataError, match="built for 16 frames per video and was given 8"):
         CLIPAdapter(64, temporal_layers=1).double()(batch, classes)
     assert CLIPAdapter(64).double()(batch, classes).shape == (5, 7)
 

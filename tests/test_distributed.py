@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,7 +27,7 @@ def fail_at(rank: int, epoch: int, how: str) -> None:
     run_epoch = Trainer.run_epoch
 
     def failing(self):
-        if self.epoch + 1 == epoch and int(os.environ["RANK"]) == rank:
+        if self.epoch + 1 == epoch and int(os.environ.get("RANK", 0)) == rank:
             if how == "killed": os.kill(os.getpid(), signal.SIGKILL)
             raise DataError(f"the disk of process {rank} is gone")
         return run_epoch(self)
@@ -78,7 +79,8 @@ from xmic.distributed import deal, deal_videos, launched, mine  # noqa: E402
 from xmic.features import ExtractConfig, FailureLog, FeatureStore  # noqa: E402
 from xmic.files import DataError, write_json  # noqa: E402
 from xmic.segments import read_csv  # noqa: E402
-from xmic.training import RunResult, TrainConfig  # noqa: E402
+from xmic.config import TrainConfig
+from xmic.training import RunResult  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
 
@@ -191,6 +193,25 @@ def test_a_run_goes_on_in_another_number_of_processes(start, made, tmp_path):
     assert not (tmp_path / "broken/checkpoint.pt").exists()
     before = contents(tmp_path / "broken")
     assert start("train", broken, 2)[0] == [0, 0] and contents(tmp_path / "broken") == before
+
+
+@pytest.mark.parametrize("case", ["X-MIC", "in parts of a batch, some classes", "learned prompts"])
+def test_who_goes_on_after_a_stop_makes_no_difference(start, made, tmp_path, case):
+    "Stopped behind the first epoch: the same number of processes ends in the same bits, another number as near as one and two processes are."
+    runs = {}
+    for stages in ((1,), (2,), (1, 1), (2, 2), (2, 1), (1, 2)):
+        name = "-".join(map(str, stages))
+        values = settings(made, tmp_path, name=name, **CASES[case])
+        if len(stages) > 1:
+            assert all(start("train", values, stages[0], (0, 2, "killed"))[0]) and (tmp_path / name / "checkpoint.pt").exists()
+        codes, said = start("train", values, stages[-1])
+        assert not any(codes), said
+        runs[name] = RunResult.read(tmp_path / name)
+    losses = {name: run.history.loss.to_numpy() for name, run in runs.items()}
+    for one, other in (("1", "1-1"), ("2", "2-2")):
+        assert (losses[one] == losses[other]).all()
+        assert (runs[one].folder / "model.safetensors").read_bytes() == (runs[other].folder / "model.safetensors").read_bytes()
+    for name in losses: np.testing.assert_allclose(losses[name], losses["1"], rtol=3e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -365,3 +386,13 @@ def test_lines_that_are_none_are_passed_over(tmp_path, rubbish):
     assert {*FailureLog(path).read()} == {"a", "c"}
     log.tidy()
     assert path.read_text() == '{"segment_id": "a", "cause": "b"}\n{"segment_id": "c", "cause": "d"}\n'
+
+
+def test_a_parameter_without_a_gradient_keeps_none(monkeypatch):
+    "A gradient of zero would let its weight decay, where one process leaves it alone."
+    reached, left = torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(4))
+    reached.grad = torch.full((2, 3), 0.5)
+    monkeypatch.setattr(distributed, "world", lambda: (0, 2))
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda message: message.mul_(2))  # another process with the same numbers
+    loss, = distributed.sum_gradients([left, reached], torch.tensor(3.0))
+    assert left.grad is None and loss == 6 and (reached.grad == 1).all() and reached.grad.shape == (2, 3)

@@ -17,8 +17,10 @@ import papermill
 import pytest
 from PIL import Image
 
+from xmic.costs import VITS, extraction_costs, vit_gflop
 from xmic.features import ExtractConfig
-from xmic.training import TrainConfig
+from xmic.config import TrainConfig
+from xmic.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -174,6 +176,70 @@ def test_the_figure_of_the_benchmarks_shows_their_numbers():
     assert Image.open(ROOT / "reports/bench/faster.png").info["ratios"] == said.stdout.strip(), "run python benchmarks/figure.py"
 
 
+def rows_below(page: str, heading: str) -> list[list[str]]:
+    "The cells of the first table below a heading, without its head."
+    text = (ROOT / page).read_text(encoding="utf-8").split(f"\n## {heading}", 1)[1].split("\n## ", 1)[0]
+    first = next(part for part in text.split("\n\n") if part.startswith("| ") and re.search(r"(?m)^\|[-|]+\|$", part))
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in first.splitlines()[2:]]
+
+
+def is_rounded(text: str, value: float) -> bool:
+    "The text gives the value, rounded to the digits that it has."
+    digits = len(text.partition(".")[2])
+    return abs(float(text.replace(",", "")) - value) <= 0.5 * 10.0**-digits + 1e-9
+
+
+def test_growth_is_what_its_file_says():
+    measured = read_json(ROOT / "reports/bench/growth.json")["exponents"]
+    rows = rows_below("benchmarks/README.md", "`growth.py`")
+    said = [pair.split(", ") for row in rows for pair in row[2].split("; ")]
+    assert len(said) == len(measured)
+    for pair, line in zip(said, measured):
+        assert is_rounded(pair[0], line["time"]) and is_rounded(pair[1], line["memory"]), (pair, line)
+    left = iter(measured)
+    for row in rows:
+        lines = [next(left) for _ in row[2].split("; ")]
+        seconds, mib = re.fullmatch(r"([\d.]+) s, (\d+) MiB", row[3]).groups()
+        assert is_rounded(seconds, max(line["largest_cpu_seconds"] for line in lines)) and is_rounded(mib, max(line["largest_mib"] for line in lines)), row
+
+
+def test_the_cost_of_all_tables_is_what_its_file_says():
+    found = read_json(ROOT / "reports/bench/tables.json")
+    for name, *cells in rows_below("benchmarks/README.md", "`tables.py`"):
+        assert all(map(is_rounded, cells, found["tables"][name].values())), name
+        assert len(cells) == len(found["tables"][name])
+    text, methods = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8"), found["methods"]
+    said = r"Vita-CLIP's four runs take (\d+) % and CoCoOp's four (\d+) %.*All (\d+) runs of X-MIC together take ([\d.]+) %"
+    vita, cocoop, runs, xmic = re.search(said, text).groups()
+    whole = sum(method["training, PFLOP"] for method in methods.values())
+    for said, name in ((vita, "vita_clip"), (cocoop, "cocoop"), (xmic, "xmic")):
+        assert is_rounded(said, 100 * methods[name]["training, PFLOP"] / whole), name
+    assert int(runs) == methods["xmic"]["runs"]
+
+
+def test_the_cost_of_a_long_list_is_what_its_file_says():
+    found = {(one["encoder"], how): one[key] for one in read_json(ROOT / "reports/bench/open_vocabulary.json")["results"]
+             for how, key in (("in memory", "again"), ("from disk", "from disk"))}
+    rows = rows_below("benchmarks/README.md", "`open_vocabulary.py`")
+    assert len(rows) == len(found)
+    for encoder, how, few, many, ratio, processor in rows:
+        one = found[encoder.strip("`"), how]
+        for said, value in ((few, one["median_seconds"]["300"]), (many, one["median_seconds"]["20000"]), (ratio, one["ratio"]), (processor, one["cpu_ratio"])):
+            assert is_rounded(said.removesuffix(" s"), value), (encoder, how)
+
+
+def test_the_cost_of_extraction_is_what_the_kit_computes():
+    text = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    head = re.search(r"every frame: ([\d.]+) M rows a view \| 8 a second: ([\d.]+) M \| 2 a second: ([\d.]+) M", text).groups()
+    rows = re.findall(r"(?m)^\| (?:CLIP )?((?:DINOv2 )?ViT-./1\d), D = (\d+) \| (\d+) \| (.*) \|$", text)
+    assert len(rows) == 3
+    for encoder, width, gflop, cells in rows:
+        assert int(width) == VITS[encoder][-1] and is_rounded(gflop, vit_gflop(*VITS[encoder][:-1]))
+        for cell, million, fps in zip(cells.split(" | "), head, (None, 8.0, 2.0)):
+            cost, (gigabytes, hours) = extraction_costs(encoder, fps).loc["all"], re.fullmatch(r"([\d.]+) GB, ([\d.]+) h", cell).groups()
+            assert is_rounded(million, cost["million rows"]) and is_rounded(gigabytes, cost["GB"]) and is_rounded(hours, cost["GPU hours"]), (encoder, fps)
+
+
 def test_readme_is_one_screen_with_one_small_picture():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
@@ -189,7 +255,7 @@ def test_links_lead_to_files_of_the_repository(page):
 
 
 def test_messages_in_troubleshooting_are_those_of_the_kit():
-    places = [*(ROOT / "xmic").glob("*.py"), ROOT / "Makefile", ROOT / "tests" / "run", ROOT / "tests" / "readme.py"]
+    places = [*(ROOT / "xmic").glob("*.py"), ROOT / "Makefile", ROOT / "Snakefile", ROOT / "tests" / "run", ROOT / "tests" / "readme.py"]
     known = "".join(p.read_text(encoding="utf-8") for p in places)
     known = re.sub(r"\{[^{}]*(\{[^{}]*\}[^{}]*)*\}|\"\s*f?\"|\s+", " ", known.replace('"\n', '"'))
     foreign = {"operator torchvision::nms does not exist", "No module named 'execnb.nbio'", "settings.ini"}

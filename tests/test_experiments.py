@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,7 +19,7 @@ from xmic.experiments import Plan, annotations, cells, failures, plan, prepare, 
 from xmic.features import ExtractConfig
 from xmic.files import DataError, settings, write_json
 from xmic.paper import PRINTED, printed
-from xmic.training import TrainConfig, resolve
+from xmic.config import TrainConfig, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILES = {"mini": profile(), "large": profile(size="large"), "paper": profile("paper", data="/data")}
@@ -152,13 +153,13 @@ def test_the_paper_profile_plans_every_job_on_the_real_annotation_files(shared_d
 def test_generated_features_go_through_every_method_at_the_real_class_counts(shared_data, tmp_path):
     done = make(tmp_path, shared_data, 48, 40, "3")
     assert done.returncode == 0, done.stderr[-3000:]
-    table = pd.read_csv(tmp_path / "report/table3.csv")
+    table = pd.read_csv(tmp_path / "data/report/table3.csv")
     assert (table.seeds == 1).all() and set(table.verdict) <= {"inside", "outside"} and (table.note == NOTE).all()
     assert {(c.kind, c.column): round(100 / c.chance) for c in table[table.chance.notna()].itertuples()} == {
         ("noun", "ego4d"): 521, ("verb", "ego4d"): 117, ("noun", "egtea"): 53, ("verb", "egtea"): 19}
     zero_shot = table[(table.method == "ZS CLIP") & table.chance.notna()]
     assert zero_shot["mean"].sum() > 2 * zero_shot.chance.sum()  # labels and features of a segment belong together
-    assert NOTE in (tmp_path / "report/index.html").read_text(encoding="utf-8")
+    assert NOTE in (tmp_path / "data/report/index.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -204,7 +205,8 @@ def test_a_run_that_was_deleted_is_made_again(tmp_path):
 def test_a_report_that_is_there_without_its_runs_is_made_anew(tmp_path):
     "As in a fresh clone, which holds the committed report."
     assert (ROOT / "reports/mini/index.html").exists() and (ROOT / "reports/mini/table3.md").exists()
-    made = planned_paper(tmp_path, ROOT / "reports/mini")
+    shutil.copytree(ROOT / "reports/mini", tmp_path / "report")
+    made = planned_paper(tmp_path, tmp_path / "report")
     jobs = planned(dry_run("profile=paper", f"data={tmp_path}", "tables=3"))
     assert jobs["run"] == len(made.runs) and sum(jobs.get(rule, 0) for rule in ("extract", "extract_first", "store_frames")) == len(made.stores) and jobs["table"] == jobs["report"] == 1
 

@@ -150,8 +150,8 @@ def the_class_list_is_edited(shown: Shown) -> None:
     shown.wait(".xmic-message", "3 names ranked in")
     for side in ("before", "after"):
         assert sorted(shown.names(side)) == sorted(["kettle of fish", first, "window cleaner"])
-    milliseconds = int(re.search(r"ranked in (\d+) ms", shown.text(".xmic-message"))[1])
-    assert milliseconds < 5000 and shown.explorer.locator(".xmic-strip").inner_html() == frames
+    assert re.search(r"ranked in \d+ ms", shown.text(".xmic-message"))
+    assert shown.explorer.locator(".xmic-strip").inner_html() == frames
 
     shown.explorer.locator("textarea").fill(" \n")
     shown.wait(".xmic-message.fault", "class list is empty")

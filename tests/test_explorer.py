@@ -19,7 +19,8 @@ from xmic.explorer import (OUTCOMES, ZERO_SHOT, Bench, Choice, Explorer, Film, O
 from xmic.files import DataError, read_json, write_json  # noqa: E402
 from xmic.inspection import look, won_and_lost  # noqa: E402
 from xmic.recognizer import Recognizer  # noqa: E402
-from xmic.training import TrainConfig, train  # noqa: E402
+from xmic.config import TrainConfig
+from xmic.training import train  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
 METHODS = dict(xmic=dict(epochs=2, warmup_epochs=0, labels="both"), zero_shot=dict(method="zero_shot", labels="both"),

@@ -1,5 +1,6 @@
 """The feature store and extraction: shards whole, resumable to the byte, faults written down, settings never mixed."""
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from world import contents, extract_config as config, kill_and_resume, register_tiny, write_world
 from xmic.encoders import create_encoder
-from xmic.features import (FeatureStore, StoredView, extract, extract_dataset, hand_boxes, read_shard,
+from xmic.features import (FailureLog, FeatureStore, StoredView, extract, extract_dataset, hand_boxes, read_shard,
                            shard_name, write_shard)
 from xmic.files import DataError, write_json
 from xmic.segments import read_csv
@@ -113,6 +114,21 @@ def test_faulty_videos_are_noted_and_the_rest_is_extracted(tmp_path):
     shutil.copy(folder / "v1.mp4", folder / "missing.mp4")
     _, mended = extract_dataset(config(world, tmp_path / "features"))
     assert mended.extracted == 1 and "missing_0" not in store.failures("full")
+
+
+@pytest.mark.parametrize("changes", [
+    dict(views=["hnd"]), dict(views=[]), dict(feature_fps=-1.0), dict(feature_fps=0.0), dict(workers=-1), dict(backend="gstreamer"), dict(resize_on="nowhere"),
+    dict(boxes="nowhere.csv"), dict(weights="nowhere/clip.pt"), dict(splits=["trian"]), dict(data_root="nowhere"), dict(rank=3), dict(clip_frames=3)])
+def test_an_extraction_that_did_not_start_leaves_nothing(world, tmp_path, changes):
+    with pytest.raises(DataError): extract_dataset(config(world, tmp_path / "features", **changes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_view_that_cannot_be_begun_leaves_no_other(world, tmp_path):
+    extract_dataset(config(world, tmp_path, views=["full"], feature_fps=5.0))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match="other settings"): extract_dataset(config(world, tmp_path, views=["hand", "full"]))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_other_settings_are_refused(world, tmp_path):
@@ -342,6 +358,13 @@ def test_a_file_that_is_being_written_is_no_leftover(store):
     with whole_file(store.root / "full" / "d.safetensors") as part:
         part.write_bytes(b"begun")
         assert store.repair().empty and part.exists()
+
+
+def test_a_failure_that_was_noted_is_on_disk(tmp_path, monkeypatch):
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino))
+    FailureLog(tmp_path / "failures.jsonl").add({"a": dict(segment_id="a", cause="cut short")})
+    assert synced == [(tmp_path / "failures.jsonl").stat().st_ino, tmp_path.stat().st_ino]
 
 
 def test_shards_from_before_there_was_a_second_checksum_are_read(store):

@@ -1,5 +1,7 @@
 """Where data lies, and how progress is said in a terminal, a notebook and a log."""
+import errno
 import os
+import stat
 import subprocess
 import sys
 from contextlib import suppress
@@ -10,8 +12,8 @@ import pytest
 from nbclient import NotebookClient
 
 from xmic.features import ExtractConfig, hand_boxes
-from xmic.files import data_folder, features_folder, from_root, project_root
-from xmic.training import TrainConfig, dataset_root
+from xmic.files import DataError, cache_folder, data_folder, expand, features_folder, from_root, one_at_a_time, project_root, remove_leftovers, whole_file, write_json
+from xmic.config import TrainConfig, dataset_root
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = """
@@ -96,3 +98,98 @@ def test_outside_a_checkout_the_root_is_where_the_process_stands(tmp_path):
     for more, root in ({}, "work"), ({"XMIC_ROOT": str(tmp_path / "other")}, "other"):
         done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path / "work", env=os.environ | more, check=True)
         assert done.stdout.strip() == str(tmp_path / root / "runs")
+
+
+WRITER = """
+import sys
+from xmic.files import whole_file
+with whole_file(sys.argv[1]) as part:
+    part.write_text("begun")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def writer(path: Path) -> subprocess.Popen:
+    "A process that has begun to write a file, and ends when its standard input does."
+    process = subprocess.Popen([sys.executable, "-c", WRITER, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout.readline() == "writing\n"
+    return process
+
+
+def test_leftovers_of_killed_writers_go_and_files_being_written_stay(tmp_path):
+    killed, alive = writer(tmp_path / "a.txt"), writer(tmp_path / "b.txt")
+    killed.kill(), killed.wait()
+    (tmp_path / ".c.txt.7-0.part.lock").touch()  # of a writer that was killed before its first byte
+    (removed,) = remove_leftovers(tmp_path)
+    assert removed.name.startswith(".a.txt.") and all(p.name.startswith(".b.txt.") for p in tmp_path.iterdir()) and len([*tmp_path.iterdir()]) == 2
+    alive.communicate()
+    assert alive.returncode == 0 and os.listdir(tmp_path) == ["b.txt"] and (tmp_path / "b.txt").read_text() == "begun"
+
+
+def test_one_process_at_a_time_changes_a_file(tmp_path):
+    count = """
+import sys
+from pathlib import Path
+from xmic.files import one_at_a_time
+file = Path(sys.argv[1], "count")
+for _ in range(20):
+    with one_at_a_time(sys.argv[1]): file.write_text(str(int(file.read_text()) + 1))
+"""
+    (tmp_path / "count").write_text("0")
+    workers = [subprocess.Popen([sys.executable, "-c", count, tmp_path], cwd=ROOT) for _ in range(3)]
+    assert [worker.wait() for worker in workers] == [0, 0, 0] and (tmp_path / "count").read_text() == "60"
+    assert sorted(os.listdir(tmp_path)) == [".lock", "count"]
+
+
+def test_a_file_system_without_locks_can_be_written_to(tmp_path, monkeypatch):
+    import fcntl
+
+    def refuse(*_): raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for refusal in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        with one_at_a_time(tmp_path), whole_file(tmp_path / "a.txt") as part:
+            part.write_text("new")
+            assert not remove_leftovers(tmp_path) and part.exists()
+        assert (tmp_path / "a.txt").read_text() == "new" and {p.name for p in tmp_path.iterdir()} <= {".lock", "a.txt"}
+
+
+def test_a_rename_is_on_disk_when_it_is_done(tmp_path, monkeypatch):
+    done: list = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append(os.fstat(handle)), sync(handle)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append("renamed"), replace(old, new)))
+    with whole_file(tmp_path / "new" / "a.txt") as part: part.write_text("text")
+    made, file, renamed, folder = done
+    assert renamed == "renamed" and stat.S_ISREG(file.st_mode) and file.st_ino == (tmp_path / "new/a.txt").stat().st_ino
+    assert [made.st_ino, folder.st_ino] == [tmp_path.stat().st_ino, (tmp_path / "new").stat().st_ino]
+
+
+def test_names_as_long_as_the_file_system_allows_can_be_written(tmp_path):
+    for name in ("a" * 251 + ".txt", "é" * 124 + ".txt"):
+        with whole_file(tmp_path / name) as part: part.write_text("text")
+        assert (tmp_path / name).read_text() == "text"
+
+
+def test_a_home_that_is_not_there_is_said(monkeypatch, tmp_path):
+    monkeypatch.delenv("XMIC_CACHE", raising=False)
+    with pytest.raises(DataError, match="no such home folder"): expand("~nobody-of-this-name/data")
+    with pytest.raises(DataError, match="no such home folder"): from_root("~nobody-of-this-name/data")
+
+    def nobody(path):
+        if str(path).startswith("~"): raise RuntimeError("Could not determine home directory.")
+        return path
+
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    assert cache_folder() == project_root() / ".cache/xmic"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_home_without_room_for_folders_is_said():
+    with pytest.raises(DataError, match="cannot be written"): write_json("/proc/.cache/a.json", {})
+
+
+def test_a_name_that_is_not_utf8_is_not_written_as_json(tmp_path):
+    with pytest.raises(DataError, match=r"K\\udcfcche.*not UTF-8"): write_json(tmp_path / "a.json", {"data_root": "/data/K\udcfcche"})
+    assert not os.listdir(tmp_path)

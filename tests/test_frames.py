@@ -19,7 +19,7 @@ from safetensors import safe_open
 from world import NOUNS, contents, extract_config, register_tiny, write_world
 from xmic.encoders import create_encoder, embed_classes
 from xmic.features import extract_dataset, hand_boxes
-from xmic.files import DataError
+from xmic.files import DataError, whole_file
 from xmic.frames import (FrameShard, FrameStore, PixelStreams, ShardWriter, crop_clip, frames_folder, random_crops, store_dataset,
                          store_frames)
 from xmic.pixels import Preprocess
@@ -180,13 +180,16 @@ print(met)
     assert contents(tmp_path / "whole") == contents(tmp_path / "killed") != {}
 
 
-def test_what_a_killed_run_left_is_removed_after_an_hour(world, tmp_path):
+def test_what_a_killed_run_left_is_removed_and_what_is_being_written_stays(world, tmp_path):
     store, _ = store_dataset(config(world, tmp_path))
-    old, new = (store.folder / f".v9.safetensors.{pid}.part" for pid in (1, 2))
-    for part in (old, new): part.write_bytes(b"0")
-    os.utime(old, (time.time() - 4000,) * 2)
-    store_dataset(config(world, tmp_path))
-    assert not old.exists() and new.exists()
+    left = store.folder / ".v9.safetensors.1.part"
+    left.write_bytes(b"0")
+    with whole_file(store.folder / "v8.safetensors") as part:
+        part.write_bytes(b"0")
+        os.utime(part, (time.time() - 4000,) * 2)
+        store_dataset(config(world, tmp_path))
+        assert not left.exists() and part.exists()
+        part.write_bytes(store.shards[0].path.read_bytes())
 
 
 @pytest.mark.parametrize("damage, message", [
@@ -224,7 +227,9 @@ def test_too_small_a_disk_is_an_error_before_any_work(world, tmp_path, monkeypat
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 299_999))
     with pytest.raises(DataError, match=r"8 seconds at 12.5 frames of 32 x 32 pixels are 0.0 GB, and 0.0 GB are free: choose a lower feature_fps"):
         store_dataset(config(world, tmp_path))
-    assert not list(tmp_path.rglob("*.safetensors"))
+    for changes in (dict(feature_fps=-1.0), dict(workers=-1), dict(backend="gstreamer"), dict(weights="nowhere/clip.pt")):
+        with pytest.raises(DataError): store_dataset(config(world, tmp_path, **changes))
+    assert not list(tmp_path.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 308_000))  # 4 videos, 2 s, 12.5 a second
     with pytest.raises(DataError, match="8 seconds at 24 frames"):
         store_dataset(config(world, tmp_path / "every", feature_fps=None))

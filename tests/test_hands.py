@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from xmic.files import DataError
-from xmic.hands import (ArrayUnpickler, Detections, Hand, HandBoxes, Object, centre, read_100doh, read_boxes, read_epic_hands,
+from xmic.hands import (ARRAYS, Detections, Hand, HandBoxes, Object, centre, read_100doh, read_boxes, read_epic_hands,
                         union_box, unpickle)
 from xmic.video import VideoInfo, probe
 
@@ -178,6 +178,13 @@ def test_pickles_of_python_2(tmp_path):
     assert read_100doh(tmp_path / "b.pkl")[3][0][0].box == (1, 2, 30, 40)
 
 
+def test_messages_give_back_what_was_written(tmp_path):
+    seen = Hand((0.125, 0.25, 0.5, 0.75), 0.875, 3, 1, (0.0625, -0.5)), Object((0.5, 0.25, 0.75, 1.0), 0.375)
+    frame = Detections.FromString(message([seen[0]], [seen[1]]))
+    assert (frame.video_id, frame.frame_number, len(frame.hands), len(frame.objects)) == ("P01_01", 1, 1, 1)
+    assert read_epic_hands(write(tmp_path / "a.pkl", [message([seen[0]], [seen[1]])]))[0] == ([seen[0]], [seen[1]])
+
+
 @pytest.mark.parametrize("damage", [lambda m: m[:-3], lambda m: m + b"\x1a", lambda m: b"\xff" * 20])
 def test_damaged_messages_name_their_frame(tmp_path, damage):
     good = message([hand(0.25, 0.25, 0.5, 0.75)])
@@ -301,7 +308,7 @@ def test_noise_is_refused(tmp_path_factory, noise):
     np.arange(12, dtype="f4").reshape(3, 4).T, np.arange(6, dtype=">i2"), np.zeros((0, 10)), np.arange(24.0).reshape(4, 6)[::2, ::3],
     np.array(5), np.float64(0.25), np.int64(-7), np.uint8(200), np.bool_(True)], ids=repr)
 def test_numbers_are_read_as_they_were_written(tmp_path, values, protocol):
-    found = np.asarray(unpickle(write(tmp_path / "a.pkl", values, protocol), ArrayUnpickler))
+    found = np.asarray(unpickle(write(tmp_path / "a.pkl", values, protocol), ARRAYS))
     assert np.array_equal(found, values) and found.shape == values.shape
 
 
@@ -333,6 +340,12 @@ def test_pickles_of_other_numpy_versions(tmp_path, name):
 def test_detections_of_another_shape(tmp_path, found):
     path = write(tmp_path / "a.pkl", {0: {"hand_dets": None, "obj_dets": None}, 41: found})
     with pytest.raises(DataError, match=r"10 columns for each frame \(1 row\):\n  frame 41"): read_100doh(path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], "text", None])
+def test_100doh_detections_are_a_dict(tmp_path, content):
+    with pytest.raises(DataError, match=f"a.pkl: expected a dict of frame number to detections, not a {type(content).__name__}"):
+        read_100doh(write(tmp_path / "a.pkl", content))
 
 
 def test_100doh_boxes(tmp_path):
@@ -506,6 +519,7 @@ def test_a_box_lies_within_the_frame(tmp_path_factory, box, width, height):
 def test_fingerprints(tmp_path):
     write(tmp_path / "P01/P01_01.pkl", marked(5))
     seen = {HandBoxes.from_epic(tmp_path).fingerprint}
+    assert (HandBoxes.from_epic(tmp_path).source, HandBoxes.from_100doh(tmp_path).source) == ("epic", "100doh")  # part of the name of stored features
 
     def differs(boxes):
         assert boxes.fingerprint == boxes.fingerprint and boxes.fingerprint not in seen
@@ -535,6 +549,7 @@ def test_fingerprints_of_files_that_keep_their_size(tmp_path, size):
         return HandBoxes.from_epic(tmp_path).fingerprint
     places = sorted({0, min(size, 2**16) - 1, max(size - 2**16, 0), size - 1})
     assert fingerprint() == fingerprint() and len({fingerprint(), *map(fingerprint, places)}) == 1 + len(places)
+    if size > 2**17: assert fingerprint(size // 2) == fingerprint()  # what lies between is not read
 
 
 def test_a_corrected_file_of_boxes_is_read_anew(tmp_path):

@@ -26,7 +26,8 @@ from xmic.lavila import (LAVILA_MEAN, LAVILA_STD, SIZES, DividedAttention, LaViL
                          read_checkpoint, read_lavila, resize_temporal, silence_time, tokenize)
 from xmic.recognizer import Recognizer
 from xmic.segments import read_segments
-from xmic.training import RunData, RunResult, TrainConfig, resolve, run_name, train
+from xmic.config import TrainConfig, resolve
+from xmic.training import RunData, RunResult, run_name, train
 from xmic.video import frame_indices, read_frames
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +36,7 @@ TINY = LaViLaConfig(image=32, patch=8, width=32, blocks=2, heads=2, text_width=3
 
 @pytest.fixture(scope="module")
 def released(golden) -> tuple[dict[str, Tensor], dict[str, Tensor], LaViLaConfig]:
-    "Weights and everything else of the golden vectors, and their sizes."
+    "Weights and everything else of the reference numbers, and their sizes."
     tensors, c = load_file(golden / "lavila.safetensors"), json.loads((golden / "lavila.json").read_text())["config"]
     config = LaViLaConfig(c["image"], c["patch"], c["vision_width"], c["vision_blocks"], c["vision_heads"], c["configured_frames"], c["text_width"],
                           c["text_layers"], c["text_heads"], c["vocab_size"], c["context_length"], c["project_embed_dim"])
@@ -258,6 +259,25 @@ def test_another_file_of_the_same_name_is_converted_anew(tmp_path):
     first = read_lavila(path, TINY)["image_projection"]
     changed = {k: v + 1 for k, v in LaViLa(TINY).state_dict().items()}
     assert not torch.equal(read_lavila(checkpoint(path, changed), TINY)["image_projection"], first)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "link.pt"])
+def test_a_checkpoint_is_never_overwritten(tmp_path, name):
+    path = checkpoint(tmp_path / "a.pt")
+    os.link(path, tmp_path / "link.pt")
+    before = path.read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match="is an input"): convert_checkpoint(path, TINY, tmp_path / name, overwrite=overwrite)
+    assert path.read_bytes() == before and {p.name for p in tmp_path.iterdir()} == {"a.pt", "link.pt"}
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.json"])
+def test_a_conversion_overwrites_nothing_of_others_unasked(tmp_path, name):
+    path = checkpoint(tmp_path / "a.pt")
+    (tmp_path / name).write_text('{"notes": "mine"}')
+    with pytest.raises(DataError, match=f"{name} exists already.*overwrite=True"): read_lavila(path, TINY)
+    assert (tmp_path / name).read_text() == '{"notes": "mine"}' and len(list(tmp_path.iterdir())) == 2
+    assert load_file(convert_checkpoint(path, TINY, overwrite=True))
 
 
 # --- what goes in ---------------------------------------------------------------------------------------------------

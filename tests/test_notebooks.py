@@ -12,7 +12,8 @@ import pytest
 
 from world import register_tiny, write_world
 from xmic.features import ExtractConfig
-from xmic.training import EvaluateConfig, TrainConfig
+from xmic.config import TrainConfig
+from xmic.training import EvaluateConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -86,7 +87,7 @@ def test_decoding_workers_import_neither_torch_nor_open_clip():
 
 
 def test_modules_import_only_from_below():
-    order = {p.stem.split("_", 1)[1]: int(p.stem[:2]) for p in NOTEBOOKS if re.match(r"\d\d_", p.stem)}
+    order = {name.split("_", 1)[1]: place for place, name in enumerate(sorted(p.stem for p in NOTEBOOKS if re.match(r"\d\d_", p.stem)))}
     for module, place in order.items():
         used = re.findall(r"(?m)^from \.(\w+) import", (ROOT / "xmic" / f"{module}.py").read_text(encoding="utf-8"))
         assert all(order[u] < place for u in used), (module, used)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,11 +13,6 @@ from pathlib import Path
 import pytest
 
 from world import CONFIG, TINY, write_world
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -99,6 +95,14 @@ assert all(len(printed(table)) for table in (*range(1, 8), "poster"))
     assert done.returncode == 0 and done.stdout.strip() == "False", done.stderr
 
 
+def test_an_empty_folder_of_the_same_name_does_not_hide_the_package(tmp_path):
+    "As in the folder above a clone, with the package installed as `make env` does."
+    (tmp_path / "xmic").mkdir()
+    plain = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", "import xmic; print(xmic.__file__, xmic.__version__)"], capture_output=True, text=True, cwd=tmp_path, env=plain)
+    assert done.returncode == 0 and done.stdout.split()[0].endswith("__init__.py"), done.stderr
+
+
 @pytest.mark.slow
 def test_from_video_to_a_prediction_in_an_empty_folder(installed, tmp_path):
     write_world(tmp_path / "mine", videos=6)
@@ -112,7 +116,8 @@ if __name__ == "__main__":
     open_clip.add_model_config("models")
     from xmic.features import ExtractConfig, extract_dataset
     from xmic.recognizer import Recognizer
-    from xmic.training import TrainConfig, train
+    from xmic.config import TrainConfig
+    from xmic.training import train
     common = dict(dataset="csv", data_root="mine", encoder={TINY!r}, weights="random", device="cpu")
     extract_dataset(ExtractConfig(**common, workers=0, feature_fps=5.0))
     run = train(TrainConfig(**common, epochs=2, warmup_epochs=0, batch_size=4, frames=4))
@@ -130,7 +135,7 @@ def test_the_mini_world_without_its_extra_and_its_encoders_says_what_to_install(
     code = """
 from xmic.experiments import prepare
 from xmic.files import DataError
-from xmic.training import TrainConfig
+from xmic.config import TrainConfig
 sys.modules["cv2"] = None
 try: prepare(TrainConfig())
 except DataError as e: print(e)

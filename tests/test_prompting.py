@@ -216,6 +216,7 @@ def test_layouts_of_coop():
     (end,), (middle,), (front,) = (coop_prompts(tower, ["chopping_board"], 3, position) for position in ("end", "middle", "front"))
     a, b, dot = tower.tokens(["chopping board."])[0]
     assert end == [~0, ~1, ~2, a, b, dot] and middle == [~0, a, b, ~1, ~2, dot] and front == [a, b, ~0, ~1, ~2, dot]
+    assert len(coop_prompts(tower, ["chopping_board"])[0]) == 16 + len(end) - 3  # CoOp's own number of vectors
     assert coop_prompts(tower, ["chopping_board"], 3, period=False) == [[~0, ~1, ~2, a, b]]
     assert coop_prompts(tower, ["cup", "knife"], 2, owners=["knife", "cup"]) == [[~2, ~3, 1937, dot], [~0, ~1, *tower.tokens(["knife"])[0], dot]]
 

@@ -4,7 +4,8 @@ import pytest
 
 from xmic.features import ExtractConfig, extract_dataset
 from xmic.frames import store_dataset
-from xmic.training import METHODS, TrainConfig, train
+from xmic.config import METHODS, TrainConfig
+from xmic.training import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*RANDOM weights")]
 ENCODER = dict(encoder="ViT-B-32-quickgelu", weights="random")

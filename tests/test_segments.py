@@ -1,6 +1,5 @@
 """Segment readers: the official files unchanged, every layout, and everything that can be wrong with them."""
 import json
-import time
 
 import numpy as np
 import pandas as pd
@@ -8,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from counting import counted
 from xmic.files import DataError
-from xmic.segments import (COLUMNS, central_window, epic_frame_rate, head_classes, read_classes, read_csv, read_egtea, read_ego4d,
+from xmic.segments import (COLUMNS, central_window, epic_frame_rate, head_classes, read_classes, read_code, read_csv, read_egtea, read_ego4d,
                            read_epic, read_epic_tail, read_epic_unseen, read_segments)
 
 
@@ -97,14 +97,11 @@ def test_real_epic_frames_follow_the_official_rate_and_not_the_videos(epic):
     assert wrong.mean() > 0.05
 
 
-def test_real_epic_of_67217_rows_is_read_in_a_second(epic):
-    read_epic(epic, "validation")
-    took = []
-    for _ in range(3):
-        start = time.perf_counter()
-        read_epic(epic, "train")
-        took.append(time.perf_counter() - start)
-    assert min(took) <= 1
+def test_reading_the_real_epic_takes_a_few_calls_for_each_row(epic):
+    read_epic(epic, "validation")  # imports
+    for split, rows in dict(validation=9_668, train=67_217).items():
+        with counted() as work: assert len(read_epic(epic, split)) == rows
+        assert work.calls < 40 * rows
 
 
 def test_real_unseen_participants_are_those_without_a_training_segment(epic, shared_data):
@@ -325,7 +322,8 @@ def test_ego4d_classes_without_the_taxonomy(tmp_path):
     ([ACTION | {"action_clip_start_sec": "one"}], "action_clip_start_sec is not a number"),
     ([ACTION | {"action_clip_end_sec": float("nan")}], "action_clip_end_sec is not a number"),
     ([ACTION | {"action_clip_start_frame": 30.5}], "action_clip_start_frame is not a whole number"),
-    ([ACTION | {"action_clip_end_frame": 30}], "must stop after it starts")])
+    ([ACTION | {"action_clip_end_frame": 30}], "must stop after it starts"),
+    ([ACTION | {"action_clip_end_frame": 2**53 + 1}], "action_clip_end_frame is not a")])  # beyond what a float holds exactly
 def test_bad_ego4d_rows(tmp_path, clips, says):
     with pytest.raises(DataError) as e:
         read_ego4d(small_ego4d(tmp_path, clips))
@@ -349,9 +347,10 @@ def test_central_window_is_the_releases(golden):
 
 @given(st.lists(st.integers(0, 5000), min_size=1), st.integers(2, 12))
 def test_central_window_stays_inside_and_is_central(rows, seconds):
-    start, stop = central_window(np.array(rows), seconds)
+    start, stop = central_window(np.array(rows, np.int32), seconds)
     for n, a, b in zip(rows, start, stop):
         assert central_window(n, seconds) == (a, b) and 0 <= a <= b <= n
+        assert start.dtype == stop.dtype == np.int64
         assert b > a or n == 0
         per_second = n // 8
         if seconds < 8 and per_second:
@@ -408,6 +407,7 @@ def test_egtea_sessions_beside_the_annotations_and_clips_without_noun(tmp_path):
     (root / "OP01-R01-Pizza").mkdir()
     table = well_formed(read_egtea(root, "test1"))
     assert table.loc[0, ["verb", "noun", "video_path"]].tolist() == ["Turn on", "", str(root / f"OP01-R01-Pizza/{CLIP}.mp4")]
+    assert [read_classes("egtea", root, kind).names for kind in ("noun", "verb")] == [("plate", "bowl"), ("turn on",)]
 
 
 @pytest.mark.parametrize("line, says", [
@@ -486,6 +486,8 @@ def test_own_split_column_and_class_files(tmp_path):
     with pytest.raises(DataError, match="no segment with split 'test'; found: train, val"):
         read_segments("csv", folder, "test")
     assert read_classes("csv", folder / "segments.csv", "noun").names == ("cup", "pan")
+    train = read_segments("csv", folder, "train")
+    assert train[["start_sec", "noun", "split"]].values.tolist() == [[0.0, "cup", "train"]]
     with pytest.raises(DataError, match="no verb in it, and no verbs.txt"):
         read_classes("csv", folder, "verb")
     (folder / "nouns.txt").write_text("pan\r\ncup\r\nmug\r\n")
@@ -493,6 +495,33 @@ def test_own_split_column_and_class_files(tmp_path):
     (folder / "nouns.txt").write_text("pan\n\ncup\n")
     with pytest.raises(DataError, match="name 2"):
         read_classes("csv", folder, "noun")
+
+
+READER = """import pandas as pd
+
+def read(root, split):
+    if split == "test": return pd.DataFrame(dict(video_id=[], start_sec=[], stop_sec=[], noun=[]))
+    return pd.DataFrame(dict(video_id=["a", "b"], start_sec=[0, 1.5], stop_sec=[2, 3], noun=["cup", None]), index=[7, 7])
+
+def one_column(root, split): return pd.DataFrame(dict(video_id=["a"], start_sec=[0]))
+
+def no_table(root, split): return {"video_id": ["a"]}
+"""
+
+
+def test_a_reader_of_ones_own(tmp_path):
+    (tmp_path / "reader.py").write_text(READER)
+    reference = f"{tmp_path / 'reader.py'}:read"
+    table = well_formed(read_code(reference))
+    assert table[["segment_id", "video_id", "start_sec", "stop_sec", "noun", "split"]].values.tolist() == [
+        ["train_a_1", "a", 0.0, 2.0, "cup", "train"], ["train_b_1", "b", 1.5, 3.0, "", "train"]]
+    pd.testing.assert_frame_equal(read_segments("mine", reference, "train"), table)
+    assert read_classes("mine", reference, "noun").names == ("cup",)
+    with pytest.raises(DataError, match="reader.py:read: no segment with split 'test'"): read_code(reference, "test")
+    with pytest.raises(DataError, match="reader.py:one_column: no column stop_sec in its table; found: video_id, start_sec"):
+        read_code(f"{tmp_path / 'reader.py'}:one_column")
+    with pytest.raises(DataError, match="its result for split 'train' is a dict, not a pandas.DataFrame"):
+        read_code(f"{tmp_path / 'reader.py'}:no_table")
 
 
 @pytest.mark.parametrize("text, says", [

@@ -1,6 +1,7 @@
 "Rows on the device and rows read from disk give the same batches, whatever is sampled."
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from xmic.features import FeatureStore, write_shard
 from xmic.files import DataError, write_json
-from xmic.streams import Streams, ahead, sample_rows, shift_twice
+from xmic.streams import Batch, Streams, ahead, free_bytes, sample_rows, shift_twice
 
 
 @pytest.fixture
@@ -54,6 +55,65 @@ def test_rows_are_the_ones_asked_for(store, train, shifted):
         assert seen == order.tolist()
 
 
+def test_a_batch_elsewhere_or_in_another_precision():
+    both, alone = Batch(torch.ones(2, 3, 4), torch.ones(2, 3, 1, 5)), Batch(torch.ones(2, 3, 4))
+    assert len(both) == 2 and both.to("meta").video.device.type == both.to("meta").context.device.type == "meta"
+    half = both.to("cpu", torch.float16)
+    assert half.video.dtype == half.context.dtype == torch.float16 and half.video.device.type == "cpu"
+    assert alone.to("cpu", torch.float64).video.dtype == torch.float64 and alone.to("cpu").context is None
+
+
+def test_features_may_take_a_share_of_the_free_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    assert free_bytes(torch.device("cuda", 0)) == 600
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: "MemTotal: 900 kB\nMemAvailable:  500 kB\n")
+    assert free_bytes(torch.device("cpu")) == int(0.6 * 1024 * 500)
+
+    def missing(path, **_): raise FileNotFoundError(path)
+    monkeypatch.setattr(Path, "read_text", missing)
+    monkeypatch.setattr("os.sysconf", lambda name: dict(SC_PAGE_SIZE=4096, SC_PHYS_PAGES=1000)[name])
+    assert free_bytes(torch.device("cpu")) == int(0.3 * 4096 * 1000)
+
+
+def test_rows_are_resident_where_they_fit(store, monkeypatch):
+    views, size = (store.view("hand"), store.view("full")), 2 * int(store.lengths.sum()) * 4 * 2  # two views of four float16 numbers
+    for free, resident in ((size, True), (size - 1, False)):
+        monkeypatch.setattr("xmic.streams.free_bytes", lambda device: free)
+        assert Streams(views[0], views, names(store)).resident is resident
+
+
+def test_without_a_conditioning_stream_there_is_none(store):
+    rows = sample_rows(np.zeros(40, int), store.lengths)
+    for resident in (True, False):
+        streams = Streams(store.view("hand"), [], names(store), resident=resident)
+        (positions, batch), *_ = streams.batches(np.arange(40), rows, 40)
+        assert len(streams) == 40 and batch.context is None and torch.equal(batch.video[..., 2], torch.from_numpy(rows).float())
+
+
+def test_conditioning_views_have_one_width(store, tmp_path):
+    write_json(tmp_path / "wide" / "manifest.json", {"dim": 6})
+    write_shard(tmp_path / "wide" / "P01_00.safetensors", [("P01_00_0", torch.zeros(2, 6).half(), np.arange(2))])
+    with pytest.raises(DataError, match="conditioning views differ in width: .*full: 4.*wide: 6"):
+        Streams(store.view("full"), [store.view("full"), store.view("wide")], ["P01_00_0"])
+
+
+def test_a_view_of_clips_has_a_row_for_several_frames(store, tmp_path):
+    "A row of the other view stands for as many frames as its manifest says, and is found by its share of the segment."
+    write_json(tmp_path / "clips" / "manifest.json", {"dim": 4, "clip_frames": 4})
+    few = -(-store.lengths // 4)
+    for shard in range(5):
+        write_shard(tmp_path / "clips" / f"P01_{shard:02}.safetensors", [
+            (name, torch.tensor([[2, i, row, shard] for row in range(few[i])]).half(), np.arange(few[i]))
+            for i, name in list(enumerate(names(store)))[shard * 8:shard * 8 + 8]])
+    rows = sample_rows(np.zeros(40, int), store.lengths)
+    for resident in (True, False):
+        streams = Streams(store.view("full"), [store.view("clips"), store.view("full")], names(store), resident=resident)
+        assert streams.clip_frames == 1 and streams.lengths.tolist() == store.lengths.tolist()
+        (_, batch), *_ = streams.batches(np.arange(40), rows, 40)
+        assert torch.equal(batch.video[..., 2], torch.from_numpy(rows).float()) and torch.equal(batch.context[:, :, 1], batch.video)
+        assert batch.context[:, :, 0, 2].tolist() == [[row * int(few[i]) // int(store.lengths[i]) for row in rows[i].tolist()] for i in range(40)]
+
+
 def test_last_batch_may_be_left_out(store):
     rows = sample_rows(np.zeros(40, int), store.lengths)
     for streams in both(store):
@@ -86,10 +146,28 @@ def test_reading_ahead_ends_with_its_consumer():
     endless = iter(int, 1)
     for _ in ahead(endless):
         break
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() == before
+
+
+def test_nothing_is_lost_while_the_consumer_is_slow():
+    found = []
+    for item in ahead(range(5), depth=1):
+        time.sleep(0.3)  # longer than one attempt to put an item into the line
+        found.append(item)
+    assert found == list(range(5))
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_no_more_is_read_ahead_than_the_line_holds(depth):
+    made = []
+    items = ahead((made.append(i) or i for i in range(100)), depth)
+    next(items)
+    time.sleep(0.5)  # longer is no harm
+    assert len(made) <= depth + 2  # the one taken, those in the line, and the one that waits for it
+    items.close()
 
 
 def test_an_error_ahead_is_raised_here():

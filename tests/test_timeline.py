@@ -1,8 +1,8 @@
 """A video as a table, a page and an annotated video; streams."""
 import base64
-import io
 import html
-
+import io
+import os
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from videos import numbered_frame, write_jpegs, write_video
+from videos import add_sound, beeps_of, numbered_frame, numbers_of, turn, write_jpegs, write_video
 from world import register_tiny
 from xmic.encoders import create_encoder
 from xmic.files import DataError
 from xmic.recognizer import Recognition, Recognizer
 from xmic.timeline import Timeline, _codec, is_stream, open_stream, timeline
-from xmic.video import VideoError, probe, read_frames
+from xmic.video import VideoError, frame_times, probe, read_frames
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
 NAMES = dict(nouns=["pan", "knife", "tap"], verbs=["take", "put"])
@@ -123,7 +123,7 @@ def test_odd_sizes_folders_of_frames_and_irregular_rates_can_be_annotated(recogn
     from PIL import Image
     for i, image in enumerate(odd): Image.fromarray(image).save((tmp_path / "odd").mkdir(exist_ok=True) or tmp_path / "odd" / f"frame_{i + 1:010d}.jpg")
     for name, size in (("frames", (160, 120)), ("odd", (160, 120)), ("vfr.mkv", (160, 120))):
-        timeline(recognizer, tmp_path / name, **NAMES, every=0.5).annotate(tmp_path / "out.mp4")
+        timeline(recognizer, tmp_path / name, **NAMES, every=0.5).annotate(tmp_path / "out.mp4", overwrite=True)
         info, before = probe(tmp_path / "out.mp4"), probe(tmp_path / name)
         assert (info.width, info.height, info.frames) == (*size, before.frames)
         assert info.duration == pytest.approx(before.duration, rel=0.05)
@@ -135,6 +135,85 @@ def test_where_there_is_no_h264_it_is_written_as_mpeg4(recognizer, film, tmp_pat
     timeline(recognizer, film, **NAMES).annotate(tmp_path / "out.mp4")
     with av.open(str(tmp_path / "out.mp4")) as container:
         assert container.streams.video[0].codec_context.name == "mpeg4" and sum(1 for _ in container.decode(video=0)) == 60
+
+
+def streams(path) -> list[tuple[str, float, float]]:  # codec, seconds in which it begins and ends
+    "The streams of a file; each one's packets must be in order, and those of all near each other in the file."
+    with av.open(str(path)) as container:
+        found = [(s.codec_context.name, float((s.start_time or 0) * s.time_base), float(((s.start_time or 0) + s.duration) * s.time_base)) for s in container.streams]
+        last, latest = {}, 0.0
+        for packet in container.demux():
+            if packet.dts is None: continue
+            assert packet.dts > last.get(packet.stream_index, -np.inf) and latest - packet.dts * packet.time_base < 0.5
+            last[packet.stream_index], latest = packet.dts, max(latest, float(packet.dts * packet.time_base))
+    return found
+
+
+@pytest.mark.parametrize("codec, ending, written", [("aac", ".mp4", "aac"), ("aac", ".ts", "aac"), ("pcm_s16le", ".mov", "aac"), ("libopus", ".mkv", "opus"), ("flac", ".mkv", "flac")])
+@pytest.mark.parametrize("late", [0.0, 0.7])
+def test_sound_is_kept_and_in_step(film, tmp_path, codec, ending, written, late):
+    source = add_sound(film, tmp_path / f"film{ending}", codec, late, rate=48_000)
+    Timeline(str(source), [answer(0, 3), answer(3, 6)]).annotate(tmp_path / "out.mp4", "pyav")
+    (video, begin, end), (audio, start, stop) = streams(tmp_path / "out.mp4")
+    assert (video, audio) == ("h264", written) and end - begin == pytest.approx(6, abs=0.1) and stop - start == pytest.approx(6, abs=0.1)
+    assert begin - start == pytest.approx(late, abs=0.05) and min(begin, start) < 0.05
+    assert np.allclose(beeps_of(tmp_path / "out.mp4"), range(6), atol=0.003)
+    assert numbers_of(read_frames(tmp_path / "out.mp4", range(60), "pyav")) == list(range(60))
+
+
+@pytest.mark.parametrize("codec", ["aac", "pcm_s16le"])
+def test_a_part_has_the_sound_of_that_part(film, tmp_path, codec):
+    source = add_sound(film, tmp_path / "film.mov", codec, 0.7, streams=2)
+    Timeline(str(source), [answer(1.5, 3), answer(3, 4.5)]).annotate(tmp_path / "out.mp4")
+    found = streams(tmp_path / "out.mp4")
+    assert [name for name, *_ in found] == ["h264", "aac", "aac"] and all(b < 0.03 and e == pytest.approx(3, abs=0.03) for _, b, e in found)
+    for stream in (0, 1): assert np.allclose(beeps_of(tmp_path / "out.mp4", stream), [0.5, 1.5, 2.5], atol=0.003)
+    assert numbers_of(read_frames(tmp_path / "out.mp4", range(30))) == list(range(15, 45))
+
+
+def test_irregular_rates_and_turned_pictures_keep_their_sound(film, tmp_path):
+    write_video(tmp_path / "irregular.mp4", 60, 25, variable=True)
+    source = add_sound(tmp_path / "irregular.mp4", tmp_path / "with.mp4", late=0.3, seconds=4)
+    Timeline(str(source), [answer(1.5, 10)]).annotate(tmp_path / "part.mp4", "pyav")
+    times = frame_times(source, "pyav")
+    times = times[times >= 1.5]
+    assert np.allclose(frame_times(tmp_path / "part.mp4", "pyav"), times - times[0], atol=1e-4)
+    assert np.allclose(beeps_of(tmp_path / "part.mp4"), np.arange(np.ceil(times[0]), times[-1]) - times[0], atol=0.003)
+    (_, _, end), (_, _, stop) = streams(tmp_path / "part.mp4")
+    assert end == pytest.approx(times[-1] - times[0], abs=0.12) and stop == pytest.approx(end, abs=0.12)
+    upright = turn(add_sound(film, tmp_path / "upright.mp4"))
+    Timeline(str(upright), [answer(0, 6)]).annotate(tmp_path / "turned.mp4")
+    assert (probe(tmp_path / "turned.mp4").width, probe(tmp_path / "turned.mp4").height) == (120, 160)
+    assert np.allclose(beeps_of(tmp_path / "turned.mp4"), range(6), atol=0.003)
+
+
+@pytest.mark.parametrize("link", ["itself", "a symbolic link", "a hard link", "a detour"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_video_is_never_overwritten(tmp_path, link, overwrite):
+    film = write_video(tmp_path / "film.mp4", 20, 10)
+    path = tmp_path / "link.mp4"
+    if link == "itself": path = film
+    elif link == "a symbolic link": path.symlink_to(film)
+    elif link == "a hard link": os.link(film, path)
+    else: path = tmp_path / ".." / tmp_path.name / "film.mp4"
+    before = film.read_bytes()
+    seen = Timeline(str(film), [answer()])
+    for write in (lambda: seen.annotate(path, overwrite=overwrite), lambda: seen.to_html(path, overwrite=overwrite)):
+        with pytest.raises(DataError, match="is an input.*never overwritten"): write()
+    assert film.read_bytes() == before and not list(tmp_path.glob(".*"))
+
+
+def test_files_that_exist_are_overwritten_only_on_demand(film, tmp_path):
+    seen = Timeline(str(film), [answer(0, 6)])
+    for write, name in ((seen.annotate, "notes.mp4"), (seen.to_html, "notes.html")):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(DataError, match=f"{name} exists already.*overwrite=True"): write(tmp_path / name)
+        assert (tmp_path / name).read_text() == "mine"
+        write(tmp_path / name, overwrite=True)
+        assert (tmp_path / name).stat().st_size > 1000
+    with pytest.raises(DataError, match="is a file, not a folder"): seen.to_html(tmp_path / "notes.html" / "page.html")
+    write_jpegs(tmp_path / "frames", 3)
+    with pytest.raises(DataError, match="is an input"): Timeline(str(tmp_path / "frames"), [answer()]).to_html(tmp_path / "frames/frame_0000000002.jpg", overwrite=True)
 
 
 @pytest.mark.parametrize("video, path, message", [("nowhere.mp4", "out.mp4", "read again"), (__file__, "out.avi", "as .mp4"), (__file__, "out.mp4", "nothing was recognised")])

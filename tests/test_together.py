@@ -12,7 +12,8 @@ from test_training import config, made, make_dataset, same, weights  # noqa: F40
 from xmic import together
 from xmic.files import DataError
 from xmic.together import Together, alike
-from xmic.training import RunData, TrainConfig, Trainer, resolve, train
+from xmic.config import TrainConfig, resolve
+from xmic.training import RunData, Trainer, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
 train_together = partial(together.train_together, stacked=True)

@@ -11,15 +11,16 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from world import extract_config, kill_and_resume, register_tiny, write_world
+from world import contents, extract_config, kill_and_resume, register_tiny, write_world
 from xmic.encoders import ClassEmbeddings, create_encoder
 from xmic.evaluation import accuracy, mean_per_class, restricted_top1, top1
 from xmic.features import dataset_store, extract_dataset, shard_name, write_shard
 from xmic.files import DataError, settings, write_json
 from xmic.recognizer import Recognizer
 from xmic.streams import Batch
-from xmic.training import (EvaluateConfig, RunResult, TrainConfig, build_method, evaluate_run, held_out_videos, learning_rate, resolve, run_name,
-                           subsample, train)
+from xmic.together import train_together
+from xmic.config import TrainConfig, build_method, resolve
+from xmic.training import EvaluateConfig, RunResult, Trainer, evaluate_run, held_out_videos, learning_rate, run_name, subsample, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
 NOUNS, VERBS = ["pan", "knife", "tap", "cup"], ["take", "put", "wash"]
@@ -62,6 +63,72 @@ def config(made, tmp_path) -> TrainConfig:
     return TrainConfig(dataset="csv", data_root=str(made / "csv"), features_root=str(made / "features"), encoder=register_tiny(),
                        weights="random", runs_root=str(tmp_path / "runs"), device="cpu", epochs=4, warmup_epochs=1, batch_size=8,
                        lr=3e-3, progress=False)
+
+
+REJECTED = {
+    "a merge that does not exist": (dict(merge="nonsense"), "merge"),
+    "heads that do not divide the width": (dict(heads=5), None),
+    "weights that are missing": (dict(weights="nowhere/clip.pt"), "nowhere"),
+    "a dataset that is not there": (dict(data_root="nowhere/csv"), "nowhere"),
+    "a target that is unknown": (dict(targets=["epics"]), "epics"),
+    "a target that is not there": (dict(targets=["egtea"]), "egtea"),
+    "features that are not there": (dict(features_root="{tmp}/featuers"), "featuers"),
+    "features of another resize": (dict(resize="squash"), "extract"),
+    "all videos held out": (dict(selection="source validation", data_root="{tmp}/one"), "only one"),
+    "a device that is none": (dict(device="gpu"), None),
+}
+
+
+@pytest.mark.parametrize("case", REJECTED)
+def test_a_run_that_did_not_start_leaves_nothing(config, made, tmp_path, case):
+    changes, message = REJECTED[case]
+    changes = {k: v.format(tmp=tmp_path) if isinstance(v, str) else v for k, v in changes.items()}
+    lines = pd.read_csv(made / "csv" / "segments.csv")
+    (tmp_path / "one").mkdir()
+    lines[lines.video_id.isin(["v0", "v1"])].to_csv(tmp_path / "one" / "segments.csv", index=False)
+    before, features = contents(tmp_path), contents(made / "features")
+    with pytest.raises((DataError, RuntimeError, AssertionError), match=message): train(replace(config, **changes))
+    assert contents(tmp_path) == before and not (tmp_path / "runs").exists() and not (tmp_path / "featuers").exists()
+    assert {p: b for p, b in contents(made / "features").items() if p in features} == features
+
+
+def test_a_rejected_run_changes_no_run_that_is_there(config, monkeypatch, tmp_path):
+    def gone(*_): raise DataError("the disk is away")
+    def stop(): raise KeyboardInterrupt
+
+    config, run_epoch = replace(config, name="mine", epochs=2), Trainer.run_epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run_epoch", lambda self: run_epoch(self) if self.epoch < 1 else stop())
+        with pytest.raises(KeyboardInterrupt): train(config)
+    for finished in (False, True):
+        if finished: train(config)
+        before = contents(tmp_path / "runs")
+        for changes in (dict(seed=1), dict(merge="nonsense"), dict(weights="nowhere/clip.pt"), dict(features_root=str(tmp_path / "none")), dict(targets=["epics"])):
+            with pytest.raises((DataError, RuntimeError)): train(replace(config, **changes))
+            with pytest.raises((DataError, RuntimeError)): train_together([replace(config, **changes)])
+        if not finished:
+            with monkeypatch.context() as patch, pytest.raises(DataError, match="away"):
+                patch.setattr("xmic.training.RunData.store", gone)
+                train(config)
+        assert contents(tmp_path / "runs") == before
+
+
+def test_an_evaluation_that_did_not_start_leaves_nothing(config, tmp_path):
+    run = train(replace(config, epochs=1, warmup_epochs=0))
+    before = contents(tmp_path)
+    for changes in (dict(datasets=["egtea"]), dict(datasets=["epics"]), dict(template="{} {}"), dict(roots={"csv": str(tmp_path / "none")}), dict(features_root=str(tmp_path / "none"))):
+        with pytest.raises(DataError): evaluate_run(EvaluateConfig(run=str(run.folder), device="cpu", **changes))
+        assert contents(tmp_path) == before and not (run.folder / "evaluations").exists() and not (tmp_path / "none").exists()
+    (run.folder / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(DataError): evaluate_run(EvaluateConfig(run=str(run.folder), device="cpu"))
+    assert not (run.folder / "evaluations").exists()
+
+
+def test_runs_together_that_did_not_start_leave_nothing(config, tmp_path):
+    for changes in (dict(merge="nonsense"), dict(weights="nowhere/clip.pt"), dict(targets=["egtea"])):
+        for stacked in (False, True):
+            with pytest.raises((DataError, RuntimeError)): train_together([replace(config, seed=s, **changes) for s in (0, 1)], stacked)
+            assert not (tmp_path / "runs").exists()
 
 
 def weights(run: RunResult) -> dict[str, torch.Tensor]:
@@ -135,7 +202,7 @@ def test_tensorboard_is_told_what_the_history_says(config, monkeypatch):
 
 
 def test_without_tensorboard_a_run_that_asks_for_it_is_refused_before_any_work(config, monkeypatch):
-    monkeypatch.setattr("xmic.training.find_spec", lambda name: None)
+    monkeypatch.setattr("xmic.config.find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"TensorBoard is not installed here: pip install 'xmic\[tensorboard\]'"):
         train(replace(config, tensorboard=True))
     assert not Path(config.runs_root).exists()

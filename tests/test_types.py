@@ -35,7 +35,7 @@ def test_the_package_is_clean(cache):
 def test_wrong_uses_are_told(cache, tmp_path):
     code = """from xmic.classes import ClassSet
 from xmic.encoders import create_encoder
-from xmic.training import TrainConfig
+from xmic.config import TrainConfig
 from xmic.video import probe
 
 names: list[int] = ClassSet.from_names(["pan"]).names

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from videos import (count, count_slowly, cut_short, large, misbehave, number_of, numbers_of, overwrite, remux, trim_end, turn,
-                    write_jpegs, write_video)
+from videos import (count, cut_short, large, misbehave, number_of, numbers_of, overwrite, remux, trim_end, turn,
+                    wait_or_write, write_jpegs, write_video)
 from xmic import video
 from xmic.files import DataError
 from xmic.video import DecodePool, VideoError, decoder_version, frame_indices, frame_times, iter_frames, probe, read_frames
@@ -264,6 +264,19 @@ def test_what_is_no_video_is_refused(tmp_path, backend, name):
         assert str(e.value).startswith(str(path)) and len(e.value.cause) > 10
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_a_title_that_is_not_utf8_does_not_matter(tmp_path, suffix):
+    from xmic.timeline import open_stream
+    plain = write_video(tmp_path / f"a{suffix}", frames=20, b_frames=0, title="Kueche of P01")
+    content = plain.read_bytes()
+    assert b"Kueche of P01" in content
+    path = tmp_path / f"b{suffix}"
+    path.write_bytes(content.replace(b"Kueche of P01", b"K\xfcche \xff\xfe\xe4 P01"))
+    assert probe(path, "pyav") == probe(plain, "pyav")
+    assert numbers_of(read_frames(path, [0, 7, 19], "pyav")) == [0, 7, 19]
+    with open_stream(str(path)) as (_, frames): assert numbers_of(np.stack(list(frames))) == list(range(20))
+
+
 @both
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 @pytest.mark.parametrize("share", [0.3, 0.7, 0.97])
@@ -447,7 +460,6 @@ def test_workers_do_not_import_torch():
 @pytest.mark.parametrize("ordered", [True, False])
 def test_faults_stay_with_their_task(ordered):
     tasks = ["fine", "hang", "bug", "fine", "crash", "fine"]
-    begin = time.monotonic()
     with DecodePool(2, 2) as pool:
         chunks, ends = results(pool.map(misbehave, tasks, ordered))
         assert [chunks[i][1:] for i in (0, 3, 5)] == [["fine"]] * 3 and all(ends[i] is None for i in (0, 3, 5))
@@ -456,7 +468,6 @@ def test_faults_stay_with_their_task(ordered):
         assert isinstance(ends[4], VideoError) and "SIGSEGV" in str(ends[4])
         assert not psutil.pid_exists(chunks[1][0]) and not psutil.pid_exists(chunks[4][0])
         assert results(pool.map(misbehave, ["fine"]))[1] == {0: None}
-    assert time.monotonic() - begin < 30
 
 
 @pytest.mark.parametrize("ordered", [True, False])
@@ -510,10 +521,10 @@ def test_a_worker_waits_to_be_read(tmp_path, ordered):
 
 
 def test_workers_work_ahead_of_their_turn(tmp_path):
-    "While the first task is slow, the second is made, so that its turn takes no time."
-    with DecodePool(2, 60, ahead=100) as pool:
-        ended = {item.task: time.monotonic() for item in pool.map(count_slowly, [40, 40]) if item.done}
-    assert ended[1] - ended[0] < 1.5  # by itself it takes two seconds
+    "The first task only ends once the second, whose turn comes later, is made."
+    with DecodePool(2, 120, ahead=100) as pool:
+        chunks, ends = results(pool.map(wait_or_write, [("wait", str(tmp_path / "made")), ("write", str(tmp_path / "made"))]))
+    assert ends == {0: None, 1: None} and chunks == {0: ["the other is made"], 1: list(range(40))}
 
 
 def test_a_slow_reader_is_no_hanging_worker(tmp_path):
@@ -557,7 +568,7 @@ def run_script(**values) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
-def gone(pids, seconds=15) -> bool:
+def gone(pids, seconds=60) -> bool:
     limit = time.monotonic() + seconds
     while time.monotonic() < limit:
         if not any(psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE for p in pids): return True

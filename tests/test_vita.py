@@ -42,6 +42,13 @@ def some_pixels(b: int = 2, t: int = 4) -> torch.Tensor:
     return torch.randint(0, 256, (b, t, 32, 32, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 
 
+def test_settings_reach_their_places():
+    plain = VitaCLIP(small_encoder(), 4)
+    assert [part.global_prompts.shape[0] for part in plain.vision.prompts] == [8, 8] and plain.logit_scale.requires_grad
+    made = VitaCLIP(small_encoder(), 4, global_prompts=3, train_logit_scale=False)
+    assert [part.global_prompts.shape[0] for part in made.vision.prompts] == [3, 3] and not made.logit_scale.requires_grad
+
+
 # The reference
 
 def reference_tower(tensors: dict) -> VisionTransformer:

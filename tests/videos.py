@@ -53,6 +53,7 @@ def write_video(
     faststart: bool = True,  # the index in front, so that a file that is cut short still opens
     open_gop: bool = False,  # pictures may refer to the keyframe behind them
     color: int | None = None,  # colour matrix written into the stream, 1 = BT.709
+    title: str = "",  # in the metadata of the file
 ) -> Path:
     "Writes a video without sound and gives its path."
     path = Path(path)
@@ -63,6 +64,7 @@ def write_video(
                "libx265": {"preset": "veryfast", "x265-params": f"{x26}:log-level=error"}}.get(codec, {})
     movflags = {"movflags": "faststart"} if faststart and path.suffix == ".mp4" else {}
     with av.open(str(path), "w", options=movflags) as container:
+        if title: container.metadata["title"] = title
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options={**options, "g": str(gop)})
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         stream.codec_context.gop_size = gop
@@ -142,10 +144,16 @@ def count(task: int):
     yield from range(task)
 
 
-def count_slowly(task: int):
-    for number in range(task):
-        time.sleep(0.05)
-        yield number
+def wait_or_write(task: tuple[str, str]):
+    "Makes forty chunks and then a file, or waits for that file."
+    what, path = task
+    if what == "write":
+        yield from range(40)
+        Path(path).touch()
+        return
+    until = time.monotonic() + 60
+    while not Path(path).exists() and time.monotonic() < until: time.sleep(0.05)
+    yield "the other is made" if Path(path).exists() else "the other was never begun"
 
 
 def large(task: int):
@@ -182,3 +190,48 @@ def watch(path: str, backend: str) -> None:
 def watch_in_worker(task):
     watch(task.path, "decord")
     yield task.path
+
+
+def add_sound(
+    source: str | Path,
+    path: str | Path,  # the suffix chooses the container
+    codec: str = "aac",
+    late: float = 0.0,  # seconds by which the pictures begin behind the sound
+    seconds: float = 6.0,  # of sound
+    streams: int = 1,
+    rate: int = 44_100,
+) -> Path:
+    "Copies the pictures and adds sound: silence with a beep of 0.1 s at each whole second of the pictures' time."
+    time = np.arange(round(seconds * rate)) / rate - late
+    beeps = np.where((time % 1 < 0.1) & (time > -0.05), np.sin(2 * np.pi * 1000 * time), 0).astype(np.float32)
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        before = old.streams.video[0]
+        pictures = new.add_stream_from_template(before)
+        sounds = [new.add_stream(codec, rate=rate, layout="mono") for _ in range(streams)]
+        for packet in old.demux(before):
+            if packet.dts is None: continue
+            shift = round(late / packet.time_base)
+            packet.pts, packet.dts, packet.stream = packet.pts + shift, packet.dts + shift, pictures
+            new.mux(packet)
+        for sound in sounds:
+            frame = av.AudioFrame.from_ndarray(beeps[None], format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = rate, 0
+            new.mux(sound.encode(frame))
+            new.mux(sound.encode())
+    return Path(path)
+
+
+def beeps_of(path: str | Path, stream: int = 0) -> np.ndarray:
+    "When the beeps of `add_sound` begin, in seconds from the first picture."
+    with av.open(str(path)) as container:
+        pictures = container.streams.video[0]
+        begin = min(packet.pts for packet in container.demux(pictures) if packet.size and not packet.is_discard) * float(pictures.time_base)
+    heard: list[tuple[float, np.ndarray]] = []
+    with av.open(str(path)) as container:
+        for frame in container.decode(container.streams.audio[stream]):
+            sound = frame.to_ndarray().astype(float)
+            sound = sound[0] if frame.format.is_planar else sound[0, ::len(frame.layout.channels)]
+            heard.append((frame.pts * float(frame.time_base), np.abs(sound) / (1.0 if frame.format.name.startswith("flt") else np.iinfo(frame.to_ndarray().dtype).max)))
+    times = np.concatenate([start + np.arange(len(sound)) / frame.sample_rate for start, sound in heard])
+    loud = times[np.concatenate([sound for _, sound in heard]) > 0.3]
+    return loud[np.r_[True, np.diff(loud) > 0.3]] - begin

@@ -13,7 +13,8 @@ if __name__ == "__main__":
     from world import register_tiny
     from xmic.features import ExtractConfig, extract_dataset
     from xmic.files import settings
-    from xmic.training import TrainConfig, train
+    from xmic.config import TrainConfig
+    from xmic.training import train
 
     register_tiny()
     for line in sys.stdin:

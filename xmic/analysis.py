@@ -21,12 +21,13 @@ from matplotlib.figure import Figure
 
 from .classes import ClassSet
 from .evaluation import accuracy, mean_per_class
-from .files import DataError, did_you_mean, from_root, read_json, settings
+from .files import DataError, check_trust, did_you_mean, from_root, read_json, settings
 from .paper import harmonic_mean, over_seeds
 from .segments import head_classes, read_classes, read_epic_tail, read_epic_unseen, read_segments
 
 # %% ../nbs/25_analysis.ipynb #1dfd4057
 _LINES = {"label": int, "predicted": int, "confidence": float, "top5": bool, "subset": str, "restricted": int, "dataset": str, "kind": str, "segment_id": str}
+_NAMES = {"label_name": str, "predicted_name": str}  # that runs of earlier versions do not have
 
 
 def predictions(
@@ -45,7 +46,7 @@ def predictions(
 def _predictions(folder: Path, fields: Sequence[str]) -> pd.DataFrame:
     config = _config(folder)
     try:
-        table = pd.read_csv(folder / "predictions.csv", dtype=_LINES, keep_default_na=False)
+        table = pd.read_csv(folder / "predictions.csv", dtype=_LINES | _NAMES, keep_default_na=False)
     except (OSError, ValueError) as e:
         raise DataError(f"{folder / 'predictions.csv'}: cannot be read ({str(e).strip()}); run it again") from None
     if missing := [column for column in _LINES if column not in table]:
@@ -206,12 +207,13 @@ def class_frequencies(
 def by_frequency(
     *folders: str | Path,  # of finished runs
     fields: Sequence[str] = (),
+    trust_code: bool = False,  # run the readers of data that the runs' folders name
 ) -> pd.DataFrame:  # as `accuracies` gives it, with a column group of FREQUENCIES
     "Accuracies of frequent, rare, absent and novel classes on every dataset, where all classes compete."
     known: dict[tuple, np.ndarray] = {}
 
     def group(config: Any, dataset: str, kind: str) -> np.ndarray:
-        source, place = config.dataset, (str(_root(config, config.dataset)), str(_root(config, dataset)), dataset, kind)
+        source, place = config.dataset, (str(_root(config, config.dataset, trust_code)), str(_root(config, dataset, trust_code)), dataset, kind)
         if place not in known:
             classes = read_classes(source, place[0], kind)
             labels = classes.labels(read_segments(source, place[0], "train")[kind])
@@ -219,7 +221,8 @@ def by_frequency(
             known[place] = class_frequencies(read_classes(dataset, place[1], kind), classes, counts)
         return known[place]
 
-    table = _grouped(folders, fields, lambda config, lines: group(config, lines["dataset"].iloc[0], lines["kind"].iloc[0])[lines["label"]])
+    table = _grouped(folders, fields, lambda config, lines: group(config, lines["dataset"].iloc[0], lines["kind"].iloc[0])[lines["label"]],
+                     trust_code=trust_code)
     return accuracies(table, (*ROW, *fields), [name for name in FREQUENCIES if (table["group"] == name).any()]).query("count > 0").reset_index(drop=True)
 
 
@@ -228,24 +231,38 @@ def _grouped(
     fields: Sequence[str],
     group: Callable[[Any, pd.DataFrame], np.ndarray | str],  # of the lines of one run, dataset and kind
     dataset: str | None = None,  # that alone
+    trust_code: bool = False,
 ) -> pd.DataFrame:
     "Predictions with a column group."
-    from xmic.training import TrainConfig
+    from xmic.config import TrainConfig
 
     parts = []
     for place in map(from_root, folders):
         config, table = settings(TrainConfig, _config(place)), predictions(place, fields=fields)
         for _, lines in table[table["dataset"] == dataset if dataset else slice(None)].groupby(["dataset", "kind"], sort=False):
+            _check_names(config, place, lines, trust_code)
             parts.append(lines.assign(group=group(config, lines)))
     if not parts:
         raise DataError(f"no run was named{f', or none was evaluated on {dataset}' if dataset else ''}")
     return pd.concat(parts, ignore_index=True)
 
 
-def _root(config: Any, dataset: str) -> Path:
-    from xmic.training import dataset_root
+def _check_names(config: Any, folder: Path, lines: pd.DataFrame, trust_code: bool = False) -> None:
+    "`DataError` where the class list that the numbers of a run are from is not the one that is there now."
+    dataset, kind = lines["dataset"].iloc[0], lines["kind"].iloc[0]
+    said = dict(zip(lines["label"], lines["label_name"])) if "label_name" in lines else {}
+    names = read_classes(dataset, _root(config, dataset, trust_code), kind).names if said else ()
+    if odd := [f"class {i}: {name!r} in the run, {names[i]!r} now" if i < len(names) else f"class {i}: {name!r} in the run, none now"
+               for i, name in sorted(said.items()) if i >= len(names) or names[i] != name]:
+        raise DataError.rows(f"{folder}: the list of {kind} classes of {dataset} has changed since this run: run it again", odd)
 
-    return dataset_root(config, dataset)
+
+def _root(config: Any, dataset: str, trust_code: bool = False) -> Path:
+    from xmic.config import dataset_root
+
+    root = dataset_root(config, dataset)
+    check_trust({f"config.json of a run, data of {dataset}": root}, trust_code)
+    return root
 
 # %% ../nbs/25_analysis.ipynb #9ddfcc50
 def by_participant(
@@ -451,14 +468,15 @@ def confusions(
     dataset: str | None = None,  # None: the source
     kind: str | None = None,  # None: the run's, nouns if it is for both
     top: int = 10,
+    trust_code: bool = False,  # run the readers of data that the run's folder names
 ) -> pd.DataFrame:  # label, predicted (cleaned names), count, share (of the label's segments, per cent)
     "The pairs that are most often taken for each other, the most frequent first."
-    return _confusions(folder, dataset, kind)[0].head(top)
+    return _confusions(folder, dataset, kind, trust_code)[0].head(top)
 
 
-def _confusions(folder: str | Path, dataset: str | None, kind: str | None) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _confusions(folder: str | Path, dataset: str | None, kind: str | None, trust_code: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
     "All confused pairs; and the lines behind them, with names."
-    from xmic.training import TrainConfig
+    from xmic.config import TrainConfig
 
     place = from_root(folder)
     config, table = settings(TrainConfig, _config(place)), predictions(place)
@@ -466,8 +484,11 @@ def _confusions(folder: str | Path, dataset: str | None, kind: str | None) -> tu
     lines = table[(table["dataset"] == dataset) & (table["kind"] == kind)]
     if lines.empty:
         raise DataError(f"{place} has no {kind} predictions for {dataset}; it has: {', '.join(sorted(set(table['dataset'] + ' ' + table['kind'])))}")
-    names = np.array(read_classes(dataset, _root(config, dataset), kind).names, dtype=object)
-    lines = lines.assign(label=names[lines["label"]], predicted=names[lines["predicted"]])
+    if "label_name" in lines:
+        lines = lines.assign(label=lines["label_name"], predicted=lines["predicted_name"])
+    else:  # a run of an earlier version
+        names = np.array(read_classes(dataset, _root(config, dataset, trust_code), kind).names, dtype=object)
+        lines = lines.assign(label=names[lines["label"]], predicted=names[lines["predicted"]])
     pairs = lines[~lines["right"]].groupby(["label", "predicted"], sort=True).size().rename("count").reset_index()
     pairs["share"] = 100 * pairs["count"] / pairs["label"].map(lines["label"].value_counts())
     return pairs.sort_values("count", ascending=False, kind="stable").reset_index(drop=True), lines
@@ -478,9 +499,10 @@ def plot_confusions(
     dataset: str | None = None,  # as in `confusions`
     kind: str | None = None,
     top: int = 10,  # pairs whose classes are shown
+    trust_code: bool = False,  # as in `confusions`
 ) -> Figure:
     "The classes of the strongest confusions: numbers of segments, shaded by their share of the label's."
-    pairs, lines = _confusions(folder, dataset, kind)
+    pairs, lines = _confusions(folder, dataset, kind, trust_code)
     shown = list(dict.fromkeys(name for pair in pairs.head(top).itertuples() for name in (pair.label, pair.predicted)))
     taken = lines["predicted"].where(lines["predicted"].isin(shown), "others")
     counts = pd.crosstab(lines["label"], taken).reindex(index=shown, columns=[*shown, "others"], fill_value=0)

@@ -21,9 +21,10 @@ import pandas as pd
 import torch
 
 from .evaluation import accuracy, split_logits, sum_classes
-from .files import DataError, brief, from_root, parse_json, whole_file
+from .files import DataError, brief, check_output, from_root, parse_json, whole_file
 from .segments import read_classes, read_epic, read_epic_tail, read_epic_unseen, read_segments
-from .training import RunResult, dataset_root, pick_device, restore, test_batches
+from .config import dataset_root
+from .training import RunResult, pick_device, restore, test_batches
 
 # %% ../nbs/26_challenge.ipynb #6bbadac7
 @dataclass
@@ -58,6 +59,7 @@ def scores_of_run(
     dataset: str | None = None,  # the source, or a target of the run; None: the source
     device: str | None = "cpu",  # None: a GPU where there is one
     split: str = "test",  # or "challenge": EPIC-KITCHENS' list without labels
+    trust_code: bool = False,  # run the code that the run's folder names
 ) -> Scores:  # float32 logits, of the kinds that the run is for
     "Logits of the segments that have features. Raises `DataError` if the run is not finished or its data are not there."
     if not (from_root(folder) / "metrics.json").exists():
@@ -67,7 +69,7 @@ def scores_of_run(
     if dataset not in (c.dataset, *c.targets):
         raise DataError(f"{folder} knows nothing of {dataset!r}; it was evaluated on {', '.join([c.dataset, *c.targets])}")
     c = replace(c, targets=[] if dataset == c.dataset else [dataset])
-    data, method = restore(replace(run, config=c), pick_device(device))
+    data, method = restore(replace(run, config=c), pick_device(device), trust_code)
     asked, text = data.split(dataset, split), data.text[dataset]
     with torch.inference_mode():
         parts = [split_logits(method(batch, sum_classes(text)).float().cpu(), text) for _, batch in test_batches(asked, c)]
@@ -122,14 +124,16 @@ def write_submission(
     scores: Scores,  # verbs and nouns
     supervision: tuple[int, int, int],  # pretraining, training labels, training data: 0 to 5 each, as you declare them
     actions: bool = True,  # whether the likeliest actions are to be in it, too
+    overwrite: bool = False,  # whether a file that exists may be overwritten
 ) -> Path:
     """A submission to the challenge, whole or not at all, with nine digits of each score: all of a float32.
 
-    Raises `DataError` before anything is written if it would be refused."""
+    Raises `DataError` before anything is written if it would be refused, or if the file exists."""
     if missing := {"verb", "noun"} - set(scores.scores):
         raise DataError(f"a submission needs verbs and nouns; there is no score of a {' or '.join(sorted(missing))}")
     if faults := _levels(dict(zip(LEVELS, supervision))):
         raise DataError(f"supervision={supervision!r}: {faults[0]}")
+    check_output(from_root(path), overwrite=overwrite)
     path, head = from_root(path), dict(version="0.2", challenge="action_recognition", **dict(zip(LEVELS, supervision)))
     forms = {kind: "{" + ", ".join(f'"{label}": %.9g' for label in range(values.shape[1])) + "}" for kind, values in scores.scores.items()}
     pairs, chance = top_actions(scores.scores["verb"], scores.scores["noun"]) if actions else (None, None)
@@ -317,9 +321,12 @@ def submission_of_runs(
     supervision: tuple[int, int, int],  # as in `write_submission`
     device: str | None = "cpu",
     split: str = "test",  # "test": the validation list, which `score_submission` can score; "challenge": the list that the challenge scores
+    overwrite: bool = False,  # whether a file that exists may be overwritten
+    trust_code: bool = False,  # run the code that the folders name
 ) -> Path:
-    "From two finished runs to a submission. Raises `DataError` if a segment has no features."
-    own = scores_of_run(noun, "epic", device, split)
-    scores = join_scores(own, own if from_root(noun) == from_root(verb) else scores_of_run(verb, "epic", device, split))
+    "From two finished runs to a submission. Raises `DataError` if a segment has no features, or the file exists or lies in one of the runs."
+    check_output(from_root(path), [file for run in (noun, verb) for file in from_root(run).glob("*") if file.suffix != ".zip"], overwrite)
+    own = scores_of_run(noun, "epic", device, split, trust_code)
+    scores = join_scores(own, own if from_root(noun) == from_root(verb) else scores_of_run(verb, "epic", device, split, trust_code))
     root = dataset_root(RunResult.read(from_root(noun)).config, "epic")
-    return write_submission(path, scores.of(read_segments("epic", root, split).segment_id.tolist()), supervision)
+    return write_submission(path, scores.of(read_segments("epic", root, split).segment_id.tolist()), supervision, overwrite=overwrite)

@@ -28,7 +28,7 @@ import pandas as pd
 
 from .clips import wanted_frames
 from .experiments import ANNOTATIONS, PIXELS, TABLES, Profile, Store, cells, profile, runs
-from .files import DataError, brief, did_you_mean, from_root, progress_bar, read_json, read_table
+from .files import DataError, brief, did_you_mean, expand, from_root, progress_bar, read_json, read_table
 from .hands import HandBoxes, read_100doh, read_boxes, read_epic_hands
 from .segments import (_EGO4D_FOLDERS, _EGTEA_FOLDERS, _EPIC_FOLDERS, _csv_path, _find, epic_frame_rate, read_classes, read_csv, read_epic_tail,
                            read_epic_unseen, read_segments)
@@ -208,7 +208,7 @@ def right_root(
     root: str | Path,
 ) -> Path:
     "The folder of a dataset; `DataError` that names the right one where this cannot be it."
-    path = Path(root).expanduser().absolute()
+    path = expand(root).absolute()
     if not path.exists():
         near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else f"; nor is there {path.parent}"
         raise DataError(f"{path}: no such folder{near}")
@@ -723,6 +723,18 @@ def _features(check: Check, found: _Found, features_root: Path) -> None:
             counts = ", ".join(f"{len(held & set(t.segment_id)):,} of {len(t):,} {s}" for s, t in found.segments.items())
             check.add("Features", "good" if held else "note", f"{name} ({' and '.join(views)}): {counts} segments, in {folder}",
                       **{folder.parent.name: len(held)})
+            _features_since(check, store, name, pd.concat(found.segments.values()), folder)
+
+
+def _features_since(check: Check, store: Any, name: str, segments: pd.DataFrame, folder: Path) -> None:
+    "Whether annotations and videos are those that the features were extracted with."
+    if len(changed := store.changed(segments).drop_duplicates("segment_id")):
+        first = changed.iloc[0]
+        check.add("Features", "warning", f"{name}: {_count(len(changed), 'segment')} {_are(len(changed), 'has', 'have')} changed since extraction, such as "
+                  f"{first.segment_id} ({first.cause}), in {folder}.", "extract again: only these are made anew", changed=len(changed))
+    if unknown := store.unknown(segments):
+        check.add("Features", "note", f"{name}: {_count(unknown, 'segment')} {_are(unknown, 'does', 'do')} not say which video and times they are of, "
+                  f"as in stores of earlier versions.", unknown=unknown)
 
 
 def _state(found: _Found, store: Store) -> tuple[str, list[str]]:  # level, causes
@@ -962,7 +974,7 @@ def _folder_of_boxes(place: Path) -> Path:
 
 def _box_root(place: Path, data: str | Path | None) -> tuple[str, Path]:
     "The dataset that boxes are for, and its folder."
-    folders = [Path(data).expanduser().absolute()] if data else [_folder_of_boxes(place), *islice(place.parents, 1, 3)]
+    folders = [expand(data).absolute()] if data else [_folder_of_boxes(place), *islice(place.parents, 1, 3)]
     for folder in folders:
         if folder.is_dir() and (here := datasets_in(folder)): return here[0], folder
     raise DataError(f"{place}: name the folder of the dataset that these boxes are for (--data); no annotations were found in {folders[0]}")
@@ -987,7 +999,7 @@ def check_data(
     if dataset not in KINDS:
         longer = next((f"; did you mean {kind!r}?" for kind in KINDS if dataset.lower().startswith(kind)), "")
         raise DataError(f"{brief(dataset)!r} is none of {', '.join(KINDS)}{longer or did_you_mean(dataset, KINDS)}")
-    path = Path(root).expanduser().absolute()
+    path = expand(root).absolute()
     if dataset in ("boxes", "weights") and not path.exists():
         raise DataError(f"{path}: no such file or folder{did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ''}")
     if dataset == "weights":

@@ -27,7 +27,7 @@ from .files import settings
 from .prompting import text_once
 from .segments import read_classes
 from .streams import Batch
-from .training import PIXELS, UNTRAINED, TrainConfig, build_method, dataset_root, reads_context, resolve, text_tower
+from .config import PIXELS, UNTRAINED, TrainConfig, build_method, dataset_root, reads_context, resolve, text_tower
 
 # %% ../nbs/35_costs.ipynb #561f0a95
 class PeakMemory(TorchDispatchMode):

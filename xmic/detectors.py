@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .files import DataError, brief, cache_folder, did_you_mean
+from .files import DataError, brief, cache_folder, did_you_mean, expand
 from .hands import Box, Hand, HandDetector, on_frame, union_box
 
 # %% ../nbs/06_detectors.ipynb #64cfe947
@@ -54,7 +54,7 @@ class MediaPipeHands:
                  threshold: float = 0.5,  # confidence from which on a hand counts
                  margin: float = MARGIN,
                 ):
-        self.margin, path = margin, Path(model or cache_folder() / "hand_landmarker.task").expanduser()
+        self.margin, path = margin, expand(model or cache_folder() / "hand_landmarker.task")
         self.mediapipe = _mediapipe()
         if not path.is_file():
             raise DataError(f"{path}: MediaPipe's hand model is not there. Download {HAND_MODEL} to this place, or name the file where it lies")

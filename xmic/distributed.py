@@ -60,16 +60,18 @@ def sum_gradients(
     parameters: Iterable[nn.Parameter],  # that are trained
     *numbers: Tensor,  # scalars on the same device
 ) -> tuple[Tensor, ...]:  # the sums of the numbers
-    "Adds up gradients, in place, and some numbers over all processes."
+    "Adds up gradients, in place, and some numbers over all processes. A parameter without a gradient in all of them keeps none."
     if world()[1] == 1:
         return numbers
     parameters = list(parameters)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    message = torch.cat([x.detach().float().flatten() for x in (*numbers, *gradients)])
+    reached = torch.tensor([float(p.grad is not None) for p in parameters], device=gradients[0].device)
+    parts = [x.detach().float().flatten() for x in (*numbers, reached, *gradients)]
+    message = torch.cat(parts)
     dist.all_reduce(message)
-    sums = message.split([x.numel() for x in (*numbers, *gradients)])
-    for p, total in zip(parameters, sums[len(numbers):]):
-        p.grad = total.view_as(p).to(p.dtype)
+    sums = message.split([part.numel() for part in parts])
+    for p, total, processes in zip(parameters, sums[len(numbers) + 1:], sums[len(numbers)].tolist()):
+        p.grad = total.view_as(p).to(p.dtype) if processes else None  # as in one process: its weight does not decay
     return tuple(total.squeeze(0) for total in sums[:len(numbers)])
 
 # %% ../nbs/12_distributed.ipynb #28bfff6e
@@ -158,7 +160,8 @@ def _join(store: dist.Store) -> None:
 
 # %% ../nbs/12_distributed.ipynb #c1b2b275
 def _train(values: dict) -> str:
-    from xmic.training import TrainConfig, train
+    from xmic.config import TrainConfig
+    from xmic.training import train
     config = settings(TrainConfig, values)
     run = train(replace(config, progress=config.progress and is_first()))
     return f"{run.folder}\n{run.table.round(2).to_string(index=False)}" if is_first() else ""

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'STORAGES', 'OPENAI_SCALARS', 'OWN', 'DINOV2_SIZES', 'DINOV2_NAMES', 'POSITION_INTERPOLATIONS',
-           'activations', 'hash_weights', 'Encoder', 'ArchiveUnpickler', 'read_weights', 'load_weights',
-           'check_activation', 'fetch_weights', 'build_model', 'fill_token_table', 'timm_name', 'has_text',
+           'activations', 'hash_weights', 'Encoder', 'read_weights', 'load_weights', 'check_activation',
+           'fetch_weights', 'build_model', 'fill_token_table', 'timm_name', 'has_text', 'feature_width',
            'set_image_size', 'from_dinov2', 'OwnEncoder', 'ClipEncoder', 'create_encoder', 'ClassEmbeddings',
            'embed_classes', 'embed_prompts']
 
@@ -14,11 +14,9 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import re
 import warnings
 import zipfile
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
@@ -44,7 +42,8 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from .classes import ClassSet
-from .files import DataError, brief, check_archive, code_name, code_sha256, did_you_mean, is_code, load_code, project_root, read_json, whole_file
+from .files import (PLAIN, DataError, Foreign, brief, check_archive, code_name, code_sha256, did_you_mean, from_table, is_code, load_code, project_root,
+                        read_json, read_pickle, whole_file)
 from .lavila import LAVILA_MEAN, LAVILA_STD, SIZES, LaViLa, LaViLaConfig, check_tensors, is_plain, load_lavila, read_lavila, tokenize
 from .pixels import ALIASED, CLIP_MEAN, CLIP_STD, Preprocess
 from .towers import FixedBatch, fast_tower, without_waiting
@@ -263,36 +262,45 @@ STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "Half
             "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32, "BoolStorage": torch.bool}
 
 
-class ArchiveUnpickler(pickle.Unpickler):
-    "Unpickles the modules of a TorchScript archive as empty objects that hold tensors; any other global is an error."
+class _Module(Foreign):
+    "A module of a TorchScript archive: what it holds, by name."
+    __slots__ = ("parts",)
 
-    def __init__(self, archive: zipfile.ZipFile, root: str):
-        super().__init__(BytesIO(archive.read(f"{root}/data.pkl")))
-        self.archive, self.root = archive, root
-        self.storages: dict[tuple[torch.dtype, str], Tensor] = {}
+    def set_state(self, state: dict) -> None:
+        self.parts = state
 
-    def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "__torch__": return type(name, (), {})
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset)
-        if (module, name) == ("collections", "OrderedDict"): return OrderedDict
-        if module == "torch" and name in STORAGES: return STORAGES[name]
-        if module == "torch.jit._pickle": return lambda value, *_: value
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
-    def persistent_load(self, pid: Any) -> Tensor:
-        _, dtype, key, _, _ = pid
-        if (dtype, key) not in self.storages:
-            self.storages[dtype, key] = torch.frombuffer(bytearray(self.archive.read(f"{self.root}/data/{key}")), dtype=dtype)
-        return self.storages[dtype, key]
+_ARCHIVE = PLAIN | {("torch", name): dtype for name, dtype in STORAGES.items()} | {
+    ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset)}
+
+
+def _in_archive(module: str, name: str) -> Any:
+    "What a TorchScript archive may name."
+    if module.split(".")[0] == "__torch__": return _Module
+    if module == "torch.jit._pickle": return lambda value, *_: value
+    return from_table(_ARCHIVE)(module, name)
+
+
+def _modules(archive: zipfile.ZipFile, root: str) -> Any:
+    "The modules of a TorchScript archive and the tensors that they hold; anything else is an error."
+    storages: dict[tuple[torch.dtype, str], Tensor] = {}
+
+    def load(pid: Any) -> Tensor:
+        _, kind, key, _, _ = pid
+        if (kind.value, key) not in storages:
+            storages[kind.value, key] = torch.frombuffer(bytearray(archive.read(f"{root}/data/{key}")), dtype=kind.value)
+        return storages[kind.value, key]
+
+    data = archive.read(f"{root}/data.pkl")
+    return read_pickle(BytesIO(data), len(data), _in_archive, load=load)
 
 # %% ../nbs/11_encoders.ipynb #e85b9d24
 def _tensors(module: object, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
     seen = set() if seen is None else seen
-    for name, value in vars(module).items():
+    for name, value in getattr(module, "parts", {}).items():
         if isinstance(value, Tensor):
             yield prefix + name, value
-        elif hasattr(value, "__dict__") and id(value) not in seen:
+        elif isinstance(value, _Module) and id(value) not in seen:
             seen.add(id(value))
             yield from _tensors(value, f"{prefix}{name}.", seen)
 
@@ -302,7 +310,7 @@ def _read_archive(path: Path) -> dict[str, Tensor] | None:
     if not check_archive(path): return None
     with zipfile.ZipFile(path) as archive:
         roots = [name.removesuffix("/constants.pkl") for name in archive.namelist() if name.endswith("/constants.pkl")]
-        return dict(_tensors(ArchiveUnpickler(archive, roots[0]).load())) if roots else None
+        return dict(_tensors(_modules(archive, roots[0]))) if roots else None
 
 
 def read_weights(
@@ -380,7 +388,7 @@ def fetch_weights(
         if isinstance(cached, str): return Path(cached)
     address = f"https://huggingface.co/{repo} (file {' or '.join(files)})" if repo else config["url"]
     try:
-        if HF_HUB_OFFLINE and not repo and not Path("~/.cache/clip", os.path.basename(address)).expanduser().is_file(): raise OfflineModeIsEnabled
+        if HF_HUB_OFFLINE and not repo and not os.path.isfile(os.path.expanduser(f"~/.cache/clip/{os.path.basename(address)}")): raise OfflineModeIsEnabled
         if repo: get_session().head(huggingface_hub.hf_hub_url(repo, files[0]), timeout=timeout)
         return Path(download())
     except Exception as e:
@@ -502,7 +510,7 @@ def _own_model(
 ) -> tuple[dict, str | Path | None]:  # its configuration, empty for models that are not the kit's; its weights where none are named
     "Tells open_clip of the kit's own architectures."
     folder = project_root() / "data" / "mini" / "weights"
-    if not (folder / f"{name}.json").is_file():
+    if not re.fullmatch(r"[\w-]{1,100}", name) or not (folder / f"{name}.json").is_file():
         return {}, weights
     config, file = read_json(folder / f"{name}.json"), folder / f"{name}.safetensors"
     if "embed_dim" in config and name not in open_clip.list_models():
@@ -548,6 +556,17 @@ def has_text(
     if own := _own_model(name)[0]:
         return "architecture" not in own
     return name in open_clip.list_models() or not timm.is_model(timm_name(name)[0])
+
+
+def feature_width(
+    name: str,  # as `create_encoder` takes it
+) -> int | None:  # None where only the built encoder says it
+    "The width of an encoder's features, by its name alone."
+    name = name.replace("/", "-")
+    own = {} if is_code(name) else _own_model(name)[0]
+    config: Any = own or (open_clip.get_model_config(name) if name in open_clip.list_models() else {})
+    size = LaViLaConfig(**own["lavila"]) if "lavila" in own else SIZES.get(name)
+    return size.dim if size else config.get("embed_dim")
 
 # %% ../nbs/11_encoders.ipynb #ae379963
 POSITION_INTERPOLATIONS = ("timm", "hub")
@@ -807,7 +826,7 @@ def create_encoder(
     if not has_text(name):
         return _timm_encoder(name, own, weights, device, resize, precision, position_interpolation)
     if name not in open_clip.list_models():
-        raise DataError(f"open_clip knows no model {name!r}" + (did_you_mean(name, [*open_clip.list_models(), *DINOV2_NAMES, *SIZES])
+        raise DataError(f"open_clip knows no model {brief(repr(name))}" + (did_you_mean(name, [*open_clip.list_models(), *DINOV2_NAMES, *SIZES])
                                                                 or "; open_clip.list_models() lists those it knows"))
 
     chosen = _which_weights(name, weights, open_clip.list_pretrained_tags_by_model(name), "openai")

@@ -7,27 +7,30 @@ __all__ = ['DATASETS', 'PAIR', 'MINI_NOTE', 'PAPER_NOTE', 'MINI_METHODS', 'PAPER
            'LAVILA_WEIGHTS', 'FRAMES_FPS', 'WORLDS', 'METHODS', 'PIXELS', 'VIEWS', 'NORMALISATIONS', 'PROMPTS',
            'SWITCHES', 'RECIPES', 'RELEASED_LR', 'EGO4D', 'NOUNS', 'TABLES', 'TITLES', 'ANNOTATIONS', 'FIRST',
            'Profile', 'profile', 'Row', 'prompt_settings', 'backbone_settings', 'Store', 'Run', 'run', 'columns',
-           'cells', 'poster_cells', 'rows_of', 'runs', 'Plan', 'plan', 'annotations', 'failures', 'first_rows',
-           'introduction', 'world_size', 'prepare']
+           'cells', 'poster_cells', 'rows_of', 'runs', 'Plan', 'plan', 'annotations', 'note_annotations',
+           'changed_runs', 'failures', 'first_rows', 'introduction', 'world_size', 'prepare']
 
 # %% ../nbs/33_experiments.ipynb #e8d6b3c2
+import errno
 import hashlib
 import json
 import os
 import re
+import tempfile
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any, Iterable, Sequence
 
 import pandas as pd
 
-from .files import DataError, brief, code_name, code_sha256, did_you_mean, features_folder, from_root, read_json
+from .files import (DataError, brief, code_name, code_sha256, did_you_mean, features_folder, from_root, is_code, markdown_code, markdown_text,
+                        read_json, write_json)
 from .paper import PRINTED, printed
 from .segments import _EGO4D_FOLDERS, _EGO4D_SOURCE, _EGTEA_FOLDERS, _EGTEA_SOURCE, _EPIC_FOLDERS, _EPIC_SOURCE, _find, read_segments
 
 # %% ../nbs/33_experiments.ipynb #3d4e1751
 if TYPE_CHECKING:
-    from xmic.training import TrainConfig
+    from xmic.config import TrainConfig
 
 # %% ../nbs/33_experiments.ipynb #8e963f72
 DATASETS = ("epic", "ego4d", "egtea")
@@ -90,7 +93,7 @@ def profile(
         folder = Path(WORLDS[size]).name
         encoders = {role: dict(encoder=encoder) for role, encoder in MINI_ENCODERS.items()}
         return Profile(
-            name, size, WORLDS[size], f"features/{folder}", f"runs/{folder}", "reports/mini", encoders,
+            name, size, WORLDS[size], f"features/{folder}", f"runs/{folder}", f"reports/{folder}", encoders,
             extract=dict(feature_fps=8.0, workers=1, device="cpu", progress=False), frames=dict(views=["hand"]),
             train=dict(epochs=40, batch_size=32, device="cpu", progress=False), methods=MINI_METHODS, note=MINI_NOTE,
             shown={backbone: MINI_ENCODERS[role] for backbone, role in BACKBONES.items()}, one_seed=("cocoop", "vita_clip"))
@@ -112,10 +115,54 @@ def _changed(p: Profile) -> Profile:
         return p
     changes, own = read_json(path, dict), [f.name for f in fields(Profile) if f.name not in ("name", "size", "data")]
     for key, value in changes.items():
-        if key not in own or type(value) is not type(getattr(p, key)) and not isinstance(getattr(p, key), tuple):
+        before = getattr(p, key, None)
+        if key not in own or type(value) is not (list if isinstance(before, tuple) else type(before)):
             raise DataError(f"{path}: {brief(key)}={brief(repr(value))} cannot be set; it may hold {', '.join(own)}{did_you_mean(key, own)}")
+    if faults := _shape_faults(changes) + [fault for key, value in changes.items() for fault in _place_faults(path.parent, key, key, value)]:
+        raise DataError.rows(f"{path}: it holds settings, and may name neither code nor places outside of its folder", faults)
+    changes = {key: _placed(path.parent, key, value) for key, value in changes.items()}
     merged: dict[str, Any] = {k: {**getattr(p, k), **v} if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
     return replace(p, **merged)
+
+# %% ../nbs/33_experiments.ipynb #b9c0d1e2
+_PLACES = ("features_root", "runs_root", "reports")  # of a profile
+_WEIGHTS = ("weights", "context_weights")
+_ELSEWHERE = ("data_root", "target_roots", "features_root", "runs_root", "name", "code", "boxes")  # of single runs and extractions: the profile says it
+
+
+def _inside(folder: Path, place: str) -> Path | None:  # None: it is outside
+    path = Path(os.path.normpath(folder / place))
+    return path if path != folder and path.resolve().is_relative_to(folder.resolve()) and re.fullmatch(r"[\w.+@/\\:-]+", place) else None
+
+
+def _place_faults(folder: Path, where: str, name: str, value: Any) -> list[str]:
+    "What a profile must not name, by where it stands."
+    if where != name and name in _ELSEWHERE: return [f"{brief(where)}={brief(repr(value))} cannot be set here: it follows from the profile"]
+    if isinstance(value, dict):
+        return [fault for key, part in value.items() for fault in _place_faults(folder, f"{where}.{key}", key, part)]
+    if isinstance(value, list):
+        return [fault for part in value for fault in _place_faults(folder, where, name, part)]
+    shown = f"{brief(where)}={brief(repr(value))}"
+    if is_code(value): return [f"{shown} is code; name it in a call of your own"]
+    if name in _PLACES and not _inside(folder, str(value)): return [f"{shown} is no place within {folder}, of letters, digits, '-', '_', '.' and '/'"]
+    if name in _WEIGHTS and _is_path(value) and not _inside(folder, value): return [f"{shown} is no file within {folder}"]
+    return []
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and any(sign in value for sign in "/\\")
+
+
+def _placed(folder: Path, name: str, value: Any) -> Any:
+    "The value with its paths made absolute."
+    if isinstance(value, dict): return {key: _placed(folder, key, part) for key, part in value.items()}
+    return str(_inside(folder, value)) if name in _PLACES or name in _WEIGHTS and _is_path(value) else value
+
+
+def _shape_faults(changes: dict[str, Any]) -> list[str]:
+    kinds = [f"encoders.{brief(role)}" for role, own in changes.get("encoders", {}).items() if not isinstance(own, dict) or not isinstance(own.get("encoder"), str)]
+    kinds += [f"methods.{brief(method)}" for method, own in changes.get("methods", {}).items() if not isinstance(own, dict)]
+    return [f"{where} must be settings by name" + " with an encoder among them" * where.startswith("encoders") for where in kinds]
 
 # %% ../nbs/33_experiments.ipynb #44e93d6b
 @dataclass(frozen=True)
@@ -391,6 +438,57 @@ def annotations(
     folders, source = {"epic": (_EPIC_FOLDERS, _EPIC_SOURCE), "ego4d": (_EGO4D_FOLDERS, _EGO4D_SOURCE), "egtea": (_EGTEA_FOLDERS, _EGTEA_SOURCE)}[dataset]
     return [str(_find(name, root, folders, source)) for split in (*store.parameters["splits"], "all") for name in ANNOTATIONS[dataset][split]]
 
+# %% ../nbs/33_experiments.ipynb #27550ef8
+def note_annotations(
+    made: Plan,
+) -> list[str]:  # the extractions that are to be run again
+    "Notes the contents of the annotation files, and takes back that an extraction is done where they have changed. Raises `DataError` as `annotations` does."
+    hashes: dict[str, str] = {}
+    return [name for name, store in made.stores.items() if _annotations_changed(from_root(made.folder(name)), annotations(made.profile, store), hashes)]
+
+
+def _annotations_changed(folder: Path, files: list[str], hashes: dict[str, str]) -> bool:
+    note = folder / "annotations.json"
+    before = read_json(note, dict) if note.exists() else None
+    now = {file: _content(file, (before or {}).get(file), hashes) for file in files}
+    if now == before: return False
+    contents = lambda files: sorted((Path(file).name, entry["sha256"]) for file, entry in files.items())
+    changed = before is not None and contents(before) != contents(now)
+    for done in (folder / "done", *(p for p in folder.glob("part*of*") if not p.suffix)) if changed else (): done.unlink(missing_ok=True)
+    write_json(note, now)
+    return changed
+
+
+def _content(
+    file: str,
+    before: dict | None,  # what was noted of it
+    hashes: dict[str, str],  # of the files that were read just now
+) -> dict:
+    "Size, time and hash of a file, which is read only where size or time have changed."
+    stat = os.stat(file)
+    seen = [stat.st_size, stat.st_mtime_ns]
+    if before and before["seen"] == seen: return before
+    if file not in hashes: hashes[file] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return dict(seen=seen, sha256=hashes[file])
+
+# %% ../nbs/33_experiments.ipynb #346035ae
+def changed_runs(
+    p: Profile,
+    names: Iterable[str],  # of runs
+    runs_root: str | None = None,  # their folder; None: the profile's
+) -> dict[str, list[str]]:  # by run: what has changed since
+    "The runs whose annotations, class lists or videos are not those that they were made from."
+    from xmic.config import TrainConfig
+    from xmic.training import data_differences, read_hashes
+    config = TrainConfig(dataset=DATASETS[0], data_root=p.root(DATASETS[0]), target_roots={d: p.root(d) for d in DATASETS}, features_root=p.features_root)
+    known: dict[Any, Any] = {}
+    found = {}
+    for name in dict.fromkeys(names):
+        path = from_root(runs_root or p.runs_root) / name / "metrics.json"
+        metrics = read_json(path, dict) if path.exists() else {}
+        if changed := data_differences(metrics.get("data"), read_hashes(config, metrics, known)): found[name] = changed
+    return found
+
 # %% ../nbs/33_experiments.ipynb #5e807992
 def failures(
     made: Plan,
@@ -408,8 +506,24 @@ def failures(
     return pd.DataFrame(lines, columns=["job", "cause", "notebook"])
 
 
+_FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+
+
+def _refused(folder: Path) -> str | None:
+    "What the file system says where a folder takes no more bytes."
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.strerror in _FULL:
+            return f"{error.strerror}: {folder}. Free some, and run the same again"
+    return None
+
+
 def _cause(notebook: Path, log: Path) -> str:
-    "The error that a notebook ended with, else the last line of its log."
+    "The error that a notebook ended with, else a full disk, else the last line of its log."
     try:
         for cell in read_json(notebook)["cells"]:
             for output in cell.get("outputs", []):
@@ -418,7 +532,10 @@ def _cause(notebook: Path, log: Path) -> str:
     except (DataError, KeyError):
         pass
     words = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()] if log.exists() else []
-    return words[-1] if words else "the process ended without a word: it was killed, or ran out of memory"
+    full = [line for line in words if any(said in line for said in _FULL)]
+    if cause := _refused(log.parent) or (full or words or [None])[-1]:
+        return cause
+    return "the process ended without a word: it was killed, or ran out of memory"
 
 # %% ../nbs/33_experiments.ipynb #78ad98b1
 FIRST = ("ZS CLIP", "X-MIC")
@@ -431,7 +548,8 @@ def first_rows(
     "Table 1, as far as zero-shot and X-MIC go, for the terminal."
     from xmic.reporting import tabulate, to_text
     own = cells(1, p, seeds)
-    return to_text(tabulate(own[own.method.isin(FIRST)], p.runs_root), "Table 1, first rows (top-1, per cent)", p.note)
+    own = own[own.method.isin(FIRST)]
+    return to_text(tabulate(own, p.runs_root, changed_runs(p, own.runs.explode())), "Table 1, first rows (top-1, per cent)", p.note)
 
 
 def _names(methods: tuple[str, ...]) -> list[str]:
@@ -444,11 +562,11 @@ def introduction(
     "What the numbers of a report are, and what they are not."
     p, several = made.profile, made.seeds > 1
     if p.name == "mini":
-        about = (f"**{p.note}** The world was rendered by the kit: three first-person datasets in the official file formats of EPIC-KITCHENS-100, Ego4D and "
-                 f"EGTEA (size `{p.size}`), recognised through a small CLIP that was pretrained on rendered third-person pictures. Everything else is the code "
+        about = (f"**{markdown_text(p.note)}** The world was rendered by the kit: three first-person datasets in the official file formats of EPIC-KITCHENS-100, Ego4D and "
+                 f"EGTEA (size {markdown_code(p.size)}), recognised through a small CLIP that was pretrained on rendered third-person pictures. Everything else is the code "
                  f"that real data goes through.")
     else:
-        about = (f"These numbers are from the real datasets in `{p.data}`. {p.note} The paper states neither seeds nor intervals, so a difference is not a "
+        about = (f"These numbers are from the real datasets in {markdown_code(p.data)}. {markdown_text(p.note)} The paper states neither seeds nor intervals, so a difference is not a "
                  f"verdict by itself.")
     return (f"{about}\n\nEvery cell is a top-1 accuracy in per cent, or the harmonic mean (hm) of the two before it: "
             + (f"mean ± standard deviation over {made.seeds} seeds ({' and '.join(_names(p.one_seed))}: one seed). " if several and p.one_seed else
@@ -477,7 +595,7 @@ def prepare(
     config: "TrainConfig",
 ) -> "TrainConfig":  # resolved, with data_root and encoder named
     "Renders the mini world and extracts features where a run misses them. Raises `DataError` as `resolve` and `extract_dataset` do."
-    from xmic.training import resolve
+    from xmic.config import resolve
 
     said = config.data_root is not None
     if not said and config.dataset in DATASETS and not os.environ.get("XMIC_DATA") and not from_root(f"data/{config.dataset}").exists():
@@ -504,7 +622,7 @@ def prepare(
 
 
 def _segments(config: "TrainConfig", dataset: str, splits: list[str]) -> tuple[Path, pd.DataFrame]:
-    from xmic.training import dataset_root
+    from xmic.config import dataset_root
     root = dataset_root(config, dataset)
     return root, pd.concat([read_segments(dataset, root, split) for split in splits], ignore_index=True)
 
@@ -543,13 +661,13 @@ def _extract_missing(config: "TrainConfig", splits: dict[str, list[str]], settin
             (root, segments), store = found[dataset], dataset_store(features_folder(config.features_root), encoder, config.resize, dataset)
             there = store.manifest
             left = segments if views - set(there) else segments[segments.segment_id.isin(
-                store.missing(segments, sorted(views)).query("cause == 'not extracted yet'").segment_id)]
+                [*store.missing(segments, sorted(views)).query("cause == 'not extracted yet'").segment_id, *store.changed(segments, sorted(views)).segment_id])]
             if not len(left) or not _any_video(left):
                 continue
             before = next(iter(there.values()), {})
             as_before = dict(feature_fps=None if before["feature_fps"] == "every frame" else before["feature_fps"],
                              backend=before["decoder"].split()[0].lower()) if before else {}
-            print(f"{dataset}: {len(left):,} of {len(segments):,} segments have no features by {name} yet; extracting them into {config.features_root}", flush=True)
+            print(f"{dataset}: {len(left):,} of {len(segments):,} segments have no features by {name} yet, or of other times or videos; extracting them into {config.features_root}", flush=True)
             extract_dataset(ExtractConfig(**settings | as_before | dict(
                 dataset=dataset, data_root=str(root), splits=which, encoder=name, weights=weights, clip_frames=clip_frames, resize=config.resize,
                 views=["full", "hand"], features_root=config.features_root, device=config.device,

@@ -36,12 +36,13 @@ from .clips import wanted_frames
 from .encoders import ClassEmbeddings, Encoder, embed_prompts
 from .experiments import DATASETS, prepare, profile, world_size
 from .features import ExtractConfig, StoredView, hand_boxes, resize_policy
-from .files import DataError, brief, from_root, read_json, settings
+from .files import DataError, brief, check_trust, from_root, is_code
 from .hands import HandBoxes
 from .inspection import Look, turned
 from .recognizer import SampledFrames
 from .streams import Batch
-from .training import PIXELS, RunData, RunResult, Split, TrainConfig, dataset_root, load_trained, pick_device, resolve, test_batches, train
+from .config import PIXELS, TrainConfig, dataset_root, named_code, read_config, resolve
+from .training import RunData, RunResult, Split, check_shapes, keeps_texts, load_trained, pick_device, test_batches, train
 from .video import frame_indices, frame_times, probe, read_frames
 
 # %% ../nbs/39_explorer.ipynb #b327331a
@@ -205,19 +206,22 @@ class OpenRun:
                  folder: str | Path,  # of the run
                  device: str | None = None,  # None: a GPU where there is one
                  encoders: dict[str, Encoder] | None = None,  # by fingerprint: those of other runs, to be shared
+                 trust_code: bool = False,  # run the code that the run's folder names
                 ):
         run = RunResult.read(from_root(folder))
+        check_trust(named_code(run.config, run.folder / "config.json"), trust_code)
         self.config = c = resolve(replace(run.config, resident=False))
-        self.data = RunData(c, pick_device(device))
+        self.data = RunData(c, pick_device(device), keeps_texts(c))
         if encoders is not None:
             for role in ("encoder", "context"):
                 own = getattr(self.data, role)
                 setattr(self.data, role, encoders.setdefault(own.fingerprint, own))
+        check_shapes(c, run.folder / "model.safetensors", self.data.encoder.dim, self.data.context.dim)
         self.method = self.data.method()
         load_trained(self.method, run.folder / "model.safetensors")
         self.method.to(self.data.device).eval()
         self.plain = ZeroShot(float(self.data.encoder.logit_scale), c.normalize_frames).to(self.data.device)
-        self.names = Vocabulary(self.data.encoder, c.template, self.data.features / "text")
+        self.names = Vocabulary(self.data.encoder, c.template, self.data.texts)
         self._splits = Recent(2)
 
     def split(self, dataset: str, split: str) -> Split:
@@ -340,13 +344,17 @@ class Choice:
 # %% ../nbs/39_explorer.ipynb #f6768794
 def finished_runs(
     root: str | Path = "runs",
+    trust_code: bool = False,  # show runs that name code of someone's own too, and run it
 ) -> dict[str, TrainConfig]:  # by folder within the root; X-MIC first, and short names, which are those of plain settings
     "Every finished run below a folder; what cannot be read is left out."
-    root, found = from_root(root), {}
+    root, found, code = from_root(root), {}, []
     for path in root.rglob("metrics.json"):
         with suppress(DataError):
-            if "evaluations" not in path.parts:
-                found[path.parent.relative_to(root).as_posix()] = resolve(settings(TrainConfig, read_json(path.parent / "config.json", dict)))
+            if not {"evaluations", "before"} & {*path.relative_to(root).parts}:
+                name, config = path.parent.relative_to(root).as_posix(), read_config(path.parent / "config.json")
+                if trust_code or not any(map(is_code, named_code(config, "").values())): found[name] = resolve(config)
+                else: code.append(name)
+    if code: warnings.warn(f"{len(code)} runs in {root} name code of someone's own, such as {sorted(code)[0]}, and are left out; trust_code=True shows them")
     return dict(sorted(found.items(), key=lambda run: (run[1].method != "xmic", len(run[0]), run[0])))
 
 
@@ -360,8 +368,9 @@ class Bench:
     def __init__(self,
                  root: str | Path = "runs",  # of the runs
                  device: str | None = None,  # None: a GPU where there is one
+                 trust_code: bool = False,  # run the code that the runs' folders name
                 ):
-        self.root, self.device, self.runs = from_root(root), device, finished_runs(root)
+        self.root, self.device, self.trust_code, self.runs = from_root(root), device, trust_code, finished_runs(root, trust_code)
         if not self.runs:
             raise DataError(f"{self.root} holds no finished run: nbs/train.ipynb makes one")
         self.said: Callable[[str], None] = lambda line: None  # is told how far long work has come
@@ -389,7 +398,7 @@ class Bench:
         if run not in self._open:
             used = {e.fingerprint for other in self._open.values() for e in (other.data.encoder, other.data.context)}
             self._encoders = {key: e for key, e in self._encoders.items() if key in used}
-        return self._open.of(run, lambda: OpenRun(self.root / run, self.device, self._encoders))
+        return self._open.of(run, lambda: OpenRun(self.root / run, self.device, self._encoders, self.trust_code))
 
     def sides(self, choice: Choice) -> tuple[tuple[str, bool], tuple[str, bool]]:  # a run, and whether CLIP as it is stands in for it
         return (choice.after, True) if choice.before == ZERO_SHOT else (choice.before, False), (choice.after, False)
@@ -838,9 +847,10 @@ def ready(
     root: str | Path = "runs",  # of the runs
     size: str = "default",  # of the mini world that is made where there is no finished run: "tiny", "default" or "large"
     device: str | None = None,  # None: a GPU where there is one
+    trust_code: bool = False,  # run the code that the runs' folders name
 ) -> Bench:
     "The finished runs; makes a first one where there is none, and features of the mini world where they are missing."
-    runs = finished_runs(root)
+    runs = finished_runs(root, trust_code)
     config = next(iter(runs.values()), None)
     if config is None:
         print(f"There is no finished run in {from_root(root)}. Making one on the mini world, for nouns and verbs"
@@ -850,4 +860,4 @@ def ready(
             dataset=source, data_root=mini.root(source), targets=targets, labels="both", runs_root=str(root), device=device, progress=True))))
     elif world_size(dataset_root(config, config.dataset)):
         prepare(replace(config, device=device))
-    return Bench(root, device)
+    return Bench(root, device, trust_code)

@@ -7,6 +7,7 @@ __all__ = ['ShardWriter', 'FrameShard', 'FrameStore', 'frames_folder', 'store_fr
            'crop_clip', 'PixelStreams']
 
 # %% ../nbs/21_frames.ipynb #b7dac242
+import errno
 import hashlib
 import json
 import math
@@ -15,10 +16,11 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
-from typing import BinaryIO, Iterable, Iterator, Sequence
+from typing import BinaryIO, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -27,11 +29,13 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resized_crop
 
-from .clips import Clip, ClipTask, Failed, Pixels, clip_pixels
+from .clips import Clip, ClipTask, Failed, Origin, Pixels, clip_pixels, video_identity
 from .distributed import deal_videos
 from .encoders import create_encoder
-from .features import ExtractConfig, ExtractReport, FailureLog, Timed, file_size, hand_boxes, resize_policy, shard_name
-from .files import DataError, brief, data_folder, features_folder, parse_json, progress_bar, read_json, whole_file, write_json
+from .features import (ExtractConfig, ExtractReport, FailureLog, Timed, _as_lists, _failed_as_now, _origins, changed_since, check_extraction,
+                           file_size, hand_boxes, resize_policy, shard_name)
+from xmic.files import DataError, brief, data_folder, features_folder, parse_json, progress_bar, read_json, remove_leftovers, whole_file, \
+    write_json
 from .hands import HandBoxes
 from .pixels import Preprocess
 from .segments import read_segments
@@ -39,13 +43,14 @@ from .streams import Batch, ahead
 from .video import DecodePool, Item, decoder_version
 
 # %% ../nbs/21_frames.ipynb #65caacd6
-def _header(segments: dict[str, int], count: int, side: int, sha256: str = "0" * 64) -> bytes:
+def _header(segments: dict[str, int], count: int, side: int, sha256: str = "0" * 64, origins: Mapping[str, Origin] | None = None) -> bytes:
     "The header of a shard with `count` frames and so many rows of each segment."
     rows, size = sum(segments.values()), count * side * side * 3
     tensors = {"pixels": dict(dtype="U8", shape=[count, side, side, 3], data_offsets=[0, size]),
                "rows": dict(dtype="I32", shape=[rows], data_offsets=[size, size + 4 * rows]),
                "frames": dict(dtype="I32", shape=[rows], data_offsets=[size + 4 * rows, size + 8 * rows])}
-    return json.dumps({"__metadata__": {"shard": json.dumps(dict(segments=segments, sha256=sha256))}} | tensors).encode()
+    said = dict(segments=segments, sha256=sha256, **_as_lists(segments, origins or {}))
+    return json.dumps({"__metadata__": {"shard": json.dumps(said)}} | tensors).encode()
 
 # %% ../nbs/21_frames.ipynb #bf3a48d4
 class ShardWriter:
@@ -57,7 +62,8 @@ class ShardWriter:
                  side: int,  # S, pixels
                 ):
         self.file, self.side, self.count, self.digest = file, side, 0, hashlib.sha256()
-        self.room = -(-len(_header(dict.fromkeys(segments, 10**9), 10**9, side)) // 8) * 8
+        self.longest = dict.fromkeys(segments, Origin(" " * 48, " " * 48))  # as room for them is left
+        self.room = -(-len(_header(dict.fromkeys(self.longest, 10**9), 10**9, side, origins=self.longest)) // 8) * 8
         file.write(self.room.to_bytes(8, "little") + b" " * self.room)
 
     def append(self,
@@ -69,12 +75,13 @@ class ShardWriter:
 
     def finish(self,
                segments: dict[str, tuple[np.ndarray, np.ndarray]],  # by id: (n,) which of the frames sent, (n,) their numbers in the video
+               origins: Mapping[str, Origin] | None = None,  # by id: what they were taken from, where that is known
               ) -> None:
         "Writes what belongs to whom, and the header."
         for part in (0, 1):
             self.file.write(np.concatenate([pair[part] for pair in segments.values()]).astype(np.int32).tobytes())
         self.file.seek(8)
-        self.file.write(_header({i: len(rows) for i, (rows, _) in segments.items()}, self.count, self.side, self.digest.hexdigest()))
+        self.file.write(_header({i: len(rows) for i, (rows, _) in segments.items()}, self.count, self.side, self.digest.hexdigest(), origins))
 
 # %% ../nbs/21_frames.ipynb #d87c4050
 class FrameShard:
@@ -91,6 +98,7 @@ class FrameShard:
             info = parse_json(header["__metadata__"]["shard"], "its header", dict)
             self.segments: dict[str, int] = info["segments"]
             self.sha256: str = info["sha256"]
+            self.origins = _origins(info)
             self.count, self.side = header["pixels"]["shape"][:2]
             self.pixels_at, self.tables_at = (8 + room + header[name]["data_offsets"][0] for name in ("pixels", "rows"))
             if (size := path.stat().st_size) != 8 + room + header["frames"]["data_offsets"][1]:
@@ -99,7 +107,11 @@ class FrameShard:
                 raise ValueError("its header has other things than counts where they belong")
             if self.pixels_at + self.count * self.side**2 * 3 != self.tables_at:
                 raise ValueError(f"{self.count:,} frames of {self.side} x {self.side} pixels are of another size than it says")
+        except (PermissionError, MemoryError) as e:
+            raise DataError(f"{path} cannot be opened ({e}); that says nothing about the shard") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            if isinstance(e, OSError) and e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise DataError(f"{path} cannot be opened ({e}); that says nothing about the shard: end other programs, or raise the limit (ulimit -n)") from None
             raise DataError(f"{path} is not a whole shard of frames ({brief(e, 300)}): delete it and store the frames again") from None
         self._tables: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -156,11 +168,16 @@ class FrameStore:
         if type(self.side) is not int: raise DataError(f"{self.folder / 'manifest.json'}: it does not say the size of the frames: store them again")
         self.shards = [FrameShard(path) for path in sorted(self.folder.glob("[!.]*.safetensors"))]
         self.place: dict[str, tuple[int, int, int]] = {}  # segment -> shard, first row, rows
+        self.origins = {i: origin for shard in self.shards for i, origin in shard.origins.items()}
         for number, shard in enumerate(self.shards):
             first = 0
             for segment, n in shard.segments.items():
                 self.place[segment] = number, first, n
                 first += n
+
+    def shard_of(self, segment: str) -> str:
+        "The file that holds a segment."
+        return self.shards[self.place[segment][0]].path.name
 
     def _of(self, segment: str, table: int) -> tuple[FrameShard, np.ndarray]:
         if segment not in self.place:
@@ -227,20 +244,21 @@ def _open_folder(folder: Path, manifest: dict) -> FrameStore:
     if other := [k for k in manifest if store.manifest.get(k) != manifest[k]]:
         raise DataError(f"{folder} was made with other settings ({'; '.join(f'{k}: {store.manifest.get(k)}, now {manifest[k]}' for k in other)}): "
                         f"choose another features_root, or delete that folder")
-    for part in folder.glob(".*.part"):  # left by a run that was killed
-        if time.time() - part.stat().st_mtime > 3600: part.unlink(missing_ok=True)
+    remove_leftovers(folder)
     return store
 
 # %% ../nbs/21_frames.ipynb #196a68f3
 def _left_to_do(segments: pd.DataFrame, store: FrameStore, report: ExtractReport) -> dict[str, list]:
-    "By video: the segments that are neither stored nor known to have failed on this very file."
+    "By video: the segments that are neither stored as they are now nor known to have failed on this very file."
     todo: dict[str, list] = {}
-    failed = store.failures
+    failed, identity = store.failures, cache(video_identity)
+    report.changed = changed_since(store, segments, identity)
     for row in segments.itertuples(index=False):
         known = failed.get(row.segment_id)
-        if row.segment_id in store.place:
+        if row.segment_id in store.place and row.segment_id not in report.changed:
             report.present += 1
-        elif known and known["bytes"] == file_size(row.video_path):
+            report.unknown += row.segment_id not in store.origins
+        elif row.segment_id not in report.changed and known and _failed_as_now(known, row, file_size, identity):
             report.failed[row.segment_id] = known["cause"]
         else:
             todo.setdefault(row.video_id, []).append(SimpleNamespace(**row._asdict()))
@@ -255,47 +273,78 @@ def _check_room(folder: Path, todo: dict[str, list], side: int, fps: float | Non
         for s in sorted(rows, key=lambda s: (s.video_path, s.start_sec)):
             seconds += max(0.0, s.stop_sec - max(s.start_sec, end)) if s.start_sec < end else s.stop_sec - s.start_sec
             end = max(end, s.stop_sec)
-    needed, free = seconds * rate * side * side * 3, shutil.disk_usage(folder).free
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    needed, free = seconds * rate * side * side * 3, shutil.disk_usage(there).free
     if needed > free:
         raise DataError(f"{folder}: {seconds:,.0f} seconds at {rate:g} frames of {side} x {side} pixels are {needed / 1e9:,.1f} GB, and "
                         f"{free / 1e9:,.1f} GB are free: choose a lower feature_fps, or another disk for features_root")
 
 # %% ../nbs/21_frames.ipynb #5b7bc7ec
 class _NothingRead(Exception):
-    "No segment of a video could be read: no shard is to be left."
+    "No segment of a video could be read: its shard stays as it is."
 
 
+def _keep(before: FrameShard | None, writer: ShardWriter, gone: set[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    "Copies the pixels of all segments but some from an earlier shard; gives what belongs to whom."
+    if before is None: return {}
+    held = {i: tables for i, tables in _split_tables(before).items() if i not in gone}
+    used = np.unique(np.concatenate([rows for rows, _ in held.values()])) if held else np.empty(0, int)
+    for first in range(0, len(used), 64): writer.append(before.read(used[first:first + 64]))
+    return {i: (np.searchsorted(used, rows), numbers) for i, (rows, numbers) in held.items()}
+
+
+def _take_out(path: Path, segments: set[str]) -> None:
+    "Removes segments from a shard."
+    before = FrameShard(path)
+    if not set(before.segments) - segments: return path.unlink()
+    with whole_file(path) as part, open(part, "wb+") as file:
+        writer = ShardWriter(file, before.segments, before.side)
+        writer.finish(_keep(before, writer, segments), before.origins)
+
+
+def _split_tables(shard: FrameShard) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    ends = np.cumsum(list(shard.segments.values()))[:-1]
+    return dict(zip(shard.segments, zip(*(np.split(table, ends) for table in shard.tables))))
+
+# %% ../nbs/21_frames.ipynb #d00910b5
 def _store_video(task: ClipTask, items: Iterator[Item], store: FrameStore, report: ExtractReport) -> None:
-    "Writes the shard of one video as its pixels come; keeps what the shard held before."
+    "Writes the shard of one video as its pixels come; keeps what the shard held before, but for segments that have changed."
     path = store.folder / shard_name(task.video_id)
     paths = {s.segment_id: s.video_path for s in task.segments}
     clips: list[Clip] = []
     failed: dict[str, str] = {}
+    tried: dict[str, Origin] = {}  # of those that failed
     before = FrameShard(path) if path.exists() else None
     with suppress(_NothingRead), whole_file(path) as part, open(part, "wb+") as file:
         writer = ShardWriter(file, [*(before.segments if before else ()), *paths], store.side)
-        for block in before.blocks() if before else (): writer.append(block)
+        held = _keep(before, writer, {i for i, p in paths.items() if file_size(p) is not None})
         first = writer.count
         for item in items:
             if item.error and not isinstance(item.error, DataError): raise item.error
             if item.error: failed |= {i: str(item.error) for i in paths if i not in {c.segment_id for c in clips}}
             elif isinstance(item.chunk, Pixels): writer.append(item.chunk.squares[0])
             elif isinstance(item.chunk, Clip): clips.append(item.chunk)
-            elif isinstance(item.chunk, Failed): failed[item.chunk.segment_id] = item.chunk.cause
+            elif isinstance(item.chunk, Failed): failed[item.chunk.segment_id], tried[item.chunk.segment_id] = item.chunk.cause, item.chunk.origin
             report.whole_frames += item.chunk.whole if isinstance(item.chunk, Pixels) else 0
         if not clips: raise _NothingRead
-        held = _split_tables(before) if before else {}
-        writer.finish(held | {c.segment_id: (c.rows[task.views[0]] + first, c.frames) for c in sorted(clips, key=lambda c: list(paths).index(c.segment_id))})
+        origins = (before.origins if before else {}) | {c.segment_id: c.origin for c in clips}
+        writer.finish(held | {c.segment_id: (c.rows[task.views[0]] + first, c.frames) for c in sorted(clips, key=lambda c: list(paths).index(c.segment_id))}, origins)
         report.frames += writer.count - first
+    _remove_outdated(task, store, {c.segment_id for c in clips}, {i for i in failed if file_size(paths[i]) is not None})
     report.extracted += len(clips)
     report.failed |= failed
-    store.failure_log.add({i: dict(segment_id=i, video_id=task.video_id, video_path=paths[i], cause=cause, bytes=file_size(paths[i]))
-                               for i, cause in failed.items()}, [c.segment_id for c in clips])
+    store.failure_log.add({i: dict(segment_id=i, video_id=task.video_id, video_path=paths[i], cause=cause, bytes=file_size(paths[i]),
+                                   **(tried[i]._asdict() if i in tried else {})) for i, cause in failed.items()}, [c.segment_id for c in clips])
 
 
-def _split_tables(shard: FrameShard) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    ends = np.cumsum(list(shard.segments.values()))[:-1]
-    return dict(zip(shard.segments, zip(*(np.split(table, ends) for table in shard.tables))))
+def _remove_outdated(task: ClipTask, store: FrameStore, done: set[str], failed: set[str]) -> None:
+    "Removes segments that were stored in the shard of another video, or of times that cannot be read."
+    own = shard_name(task.video_id)
+    outdated: dict[str, set[str]] = {}  # by shard
+    for i in (s.segment_id for s in task.segments if s.segment_id in store.place):
+        if i in failed and not (done and store.shard_of(i) == own) or i in done and store.shard_of(i) != own:
+            outdated.setdefault(store.shard_of(i), set()).add(i)
+    for name, gone in outdated.items(): _take_out(store.folder / name, gone)
 
 # %% ../nbs/21_frames.ipynb #6537bee2
 def store_frames(
@@ -311,11 +360,14 @@ def store_frames(
     whole_files: bool = False,  # a segment is its whole file, whatever its times say
     progress: bool = True,
 ) -> tuple[FrameStore, ExtractReport]:
-    "Stores the frames of all segments that are not there yet. Can be stopped at any moment and started again."
+    "Stores the frames of all segments that are not there yet, or of other times or another video. Can be stopped at any moment and started again."
     if len(segments) and not any(os.path.exists(path) for path in segments.video_path.unique()):
         raise DataError(f"none of the {segments.video_path.nunique():,} videos is there, the first should be {segments.video_path.iloc[0]}: "
                         f"see data/README.md for where they are expected")
     begin, report, folder = time.perf_counter(), ExtractReport(segments), Path(folder)
+    check_extraction([view], feature_fps, workers)
+    if not (folder / "manifest.json").exists():
+        _check_room(folder, {} if whole_files else {v: list(rows.itertuples()) for v, rows in segments.groupby("video_id")}, preprocess.size, feature_fps)
     resize = "shortest" if view == "hand" else preprocess.resize
     store = _open_folder(folder, dict(
         fingerprint=folder.parents[1].name, view=view, size=preprocess.size, resize=resize, interpolation=preprocess.interpolation,
@@ -362,8 +414,8 @@ def random_crops(
     shape = np.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3), (n, 10)))
     place, mirrored = rng.random((n, 2)), rng.random(n) < 0.5
     size = np.stack([np.sqrt(area / shape), np.sqrt(area * shape)], -1).round().astype(int).clip(1)  # (n, 10, 2) height, width
-    fits = (size <= side).all(-1)
-    size = np.where(fits.any(-1)[:, None], size[np.arange(n), fits.argmax(-1)], side)  # the first of ten that fits
+    fits = np.all(size <= side, -1)
+    size = np.where(fits.any(-1, keepdims=True), size[np.arange(n), fits.argmax(-1)], side)  # the first of ten that fits
     if scale >= 1: size[:] = side
     return np.concatenate([(place * (side - size + 1)).astype(int), size, (mirrored & flip)[:, None]], -1)
 

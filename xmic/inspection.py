@@ -80,6 +80,7 @@ def look(
     kind: str | None = None,  # "noun" or "verb"; None: what the run was trained for
     device: str | None = "cpu",
     batch_size: int = 256,
+    trust_code: bool = False,  # run the code that the run's folder names
 ) -> Look:
     "Asks a finished run about the test segments of a dataset. Raises `DataError` where it was not evaluated there."
     result = RunResult.read(from_root(folder))
@@ -87,7 +88,7 @@ def look(
     dataset, kind = dataset or c.dataset, kind or (c.labels if c.labels != "both" else "noun")
     if dataset not in (c.dataset, *c.targets) or kind not in ((c.labels,) if c.labels != "both" else ("noun", "verb")):
         raise DataError(f"{folder} was trained for {c.labels} and evaluated on {', '.join([c.dataset, *c.targets])}: no {kind}s of {dataset}")
-    data, method = restore(result, pick_device(device))
+    data, method = restore(result, pick_device(device), trust_code)
     split, classes = data.split(dataset, "test"), data.text[dataset][kind]
     parts: dict[str, list[Tensor]] = {}
     with torch.inference_mode():

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .attention import Linear
-from .files import DataError, brief, check_archive, read_json, whole_file, write_json
+from .files import DataError, brief, check_archive, check_output, read_json, whole_file, write_json
 
 # %% ../nbs/09_lavila.ipynb #a17b5a5b
 @dataclass(frozen=True)
@@ -350,19 +350,24 @@ def convert_checkpoint(
     config: LaViLaConfig,  # its size
     to: str | Path | None = None,  # a .safetensors file; None: beside it
     md5: str | None = None,  # of the checkpoint, whole or its first digits; None: only what its name says
+    overwrite: bool = False,  # whether files that exist, and are no earlier conversion, may be overwritten
 ) -> Path:  # the .safetensors file
-    "Converts a checkpoint, if that has not been done. Raises `DataError` if it is not exactly such a file."
+    "Converts a checkpoint, if that has not been done. Raises `DataError` if it is not exactly such a file, and for an output that is somebody else's file."
     path = Path(path)
     if not path.is_file(): raise DataError(f"{path}: no such file")
     to = Path(to) if to else path.with_suffix(".safetensors")
-    about, digest = to.with_suffix(".json"), _digest(path, "md5")
+    about = to.with_suffix(".json")
+    ours = about.is_file() and {"md5", "sha256", "config"} <= read_json(about, dict).keys()
+    for output in (to, about): check_output(output, [path], overwrite or ours)
+    digest = _digest(path, "md5")
     _check_md5(path, digest, md5)
     if to.is_file() and about.is_file() and (known := read_json(about, dict)).get("md5") == digest and known.get("sha256") == _digest(to, "sha256"): return to
     state, plain = read_checkpoint(path)
     config, state = fit_weights(state, config, path)
     try:
-        with whole_file(to) as part: save_file({name: tensor.contiguous() for name, tensor in state.items()}, part)
-        write_json(about, dict(file=path.name, md5=digest, sha256=_digest(to, "sha256"), config=asdict(config), **plain))
+        with whole_file(to) as part:
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, part)
+            write_json(about, dict(file=path.name, md5=digest, sha256=_digest(part, "sha256"), config=asdict(config), **plain))
     except OSError as e:
         raise DataError(f"{to}: cannot be written ({e.strerror}); convert {path.name} elsewhere with convert_checkpoint(path, config, to=...) "
                         "and pass that file") from None

@@ -8,7 +8,6 @@ __all__ = ['EPIC_VERBS', 'EGO4D_VERBS', 'EGTEA_VERBS', 'USUAL', 'LISTS', 'SIZES'
 
 # %% ../nbs/32_mini.ipynb #3b9d91ad
 import csv
-import fcntl
 import math
 import os
 import pickle
@@ -26,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from .classes import clean_ego4d, clean_egtea, clean_epic
-from .files import DataError, from_root, progress_bar, read_json, whole_file, write_json
+from .files import DataError, check_output, from_root, one_at_a_time, progress_bar, read_json, remove_leftovers, whole_file, write_json
 from .hands import Detections, Hand, HandBoxes, Object, union_box
 from .scenes import FIXED, LOOKS, Action, Footage, Truth
 from .segments import epic_frame_rate, head_classes
@@ -368,10 +367,12 @@ def _annotate_egtea(root: Path, reels: list[Reel]) -> None:
 
 # %% ../nbs/32_mini.ipynb #910ef2d7
 def write_video(
-    path: Path,
+    path: str | Path,
     footage: Footage,
+    overwrite: bool = False,  # whether a file that exists may be overwritten
 ) -> None:
-    "H.264 in MP4, whole or not at all."
+    "H.264 in MP4, whole or not at all. `DataError` if the file exists."
+    check_output(path, overwrite=overwrite)
     look = footage.look
     with whole_file(path) as part, av.open(str(part), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(look.fps), options={"preset": "ultrafast", "crf": "25", "threads": "1"})
@@ -407,6 +408,9 @@ def _same_world(
             if other := [f"{key} {there.get(key)!r}, now {value!r}" for key, value in wanted.items() if there.get(key) != value]:
                 raise DataError(f"{root} holds {'a' if name == 'world.json' else 'the beginnings of a'} world with {'; '.join(other)}: delete epic, ego4d, egtea and world.json there, or choose another root")
             return name == "world.json"
+    ours = (root / ".lock").exists()  # where world.json was deleted to build anew
+    if not ours and (other := [dataset for dataset in LISTS if (root / dataset).is_dir() and any((root / dataset).iterdir())]):
+        raise DataError(f"{root / other[0]} exists, and is no part of a world of this kit: choose another root, or move it away")
     return False
 
 
@@ -426,16 +430,12 @@ def build(
     if _same_world(root, wanted) and not lacking():
         _list_epic(root / "epic", [reel for reel in reels if reel.dataset == "epic"])  # worlds of before have no such lists
         return root
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second build waits for the first
+    with one_at_a_time(root):  # a second build waits for the first
         todo = lacking()
         if _same_world(root, wanted) and not todo:
             return root
         write_json(root / ".building.json", wanted)
-        for dataset in LISTS:
-            for part in (root / dataset).rglob(".*.part"):
-                part.unlink()
+        _remove_leftovers(root)
         clips, left = (sum(len(reel.actions) for reel in some) for some in (reels, todo))
         with DecodePool((os.cpu_count() or 2) if workers is None else workers, timeout=600) as pool, \
                 progress_bar(clips, "clip", clips - left, "mini world", progress) as bar:
@@ -450,9 +450,16 @@ def build(
             splits = sorted({reel.split for reel in own})
             counts[dataset] = dict(videos=len(own), frames=sum(reel.frames for reel in own), nouns=len(LISTS[dataset].nouns), verbs=len(LISTS[dataset].verbs),
                                    segments={split: sum(len(reel.actions) for reel in own if reel.split == split) for split in splits})
+        _remove_leftovers(root)  # of a worker that outlived a killed build for a moment
         write_json(root / "world.json", wanted | dict(datasets=counts))
         (root / ".building.json").unlink()
     return root
+
+
+def _remove_leftovers(root: Path) -> None:
+    for dataset in LISTS:
+        for folder in {part.parent for part in (root / dataset).rglob(".*.part*")}:
+            remove_leftovers(folder)
 
 # %% ../nbs/32_mini.ipynb #fb1b7a87
 def contact_sheet(

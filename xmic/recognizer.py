@@ -7,7 +7,9 @@ __all__ = ['Recognition', 'json_rows', 'read_names', 'SampledFrames', 'Recognize
 
 # %% ../nbs/28_recognizer.ipynb #90f26107
 import io
+import json
 import re
+import shlex
 import tempfile
 import warnings
 from collections import OrderedDict
@@ -29,12 +31,14 @@ from torch import Tensor, nn
 from .adapter import ZeroShot
 from .classes import ClassSet
 from .clips import READ_AT_ONCE, wanted_frames
-from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts
+from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts, feature_width
 from .features import resize_policy
-from .files import DataError, brief, cache_folder, code_name, from_root, read_json, read_text, settings, whole_file, write_json
+from .files import (DataError, brief, cache_folder, check_output, code_name, expand, from_root, markdown_code, markdown_text, read_json,
+                        read_text, whole_file, write_json)
 from .hands import Box, HandBoxes, HandDetector, on_frame
 from .streams import Batch
-from .training import PIXELS, TrainConfig, build_method, load_trained, reads_context, resolve_saved, text_tower
+from .config import PIXELS, TrainConfig, build_method, reads_context, resolve_saved, text_tower
+from .training import check_shapes, load_trained
 from .video import VideoInfo, frame_indices, frame_times, iter_frames, probe
 
 # %% ../nbs/28_recognizer.ipynb #d3513df4
@@ -257,12 +261,12 @@ class SampledFrames:
 _Saved = dict[str, tuple[TrainConfig, Path]]  # "noun", "verb" -> how the adapter was trained, and its weights
 
 
-def _saved(folder: Path) -> _Saved:
+def _saved(folder: Path, trust_code: bool = False) -> _Saved:
     kept = read_json(folder / "config.json", dict)
     adapters = kept.get("adapters")
     if isinstance(adapters, dict) and adapters and set(adapters) <= {"noun", "verb"} and all(isinstance(c, dict) for c in adapters.values()):
-        return {kind: (resolve_saved(c), folder / f"{kind}.safetensors") for kind, c in adapters.items()}
-    run = resolve_saved(kept)
+        return {kind: (resolve_saved(c, folder, trust_code), folder / f"{kind}.safetensors") for kind, c in adapters.items()}
+    run = resolve_saved(kept, folder, trust_code)
     return {kind: (run, folder / "model.safetensors") for kind in (["noun", "verb"] if run.labels == "both" else [run.labels])}
 
 
@@ -274,12 +278,22 @@ def _one_encoder(folder: Path | str, saved: _Saved) -> TrainConfig:
             raise DataError(f"{folder}: its adapters were trained with different settings of {name}; load them one by one")
     return configs[0]
 
+
+def _check_widths(trained: TrainConfig, saved: _Saved) -> None:
+    "`DataError` for adapters without weights, and for encoders that they do not fit, before one is built."
+    if missing := [path for _, path in saved.values() if not path.is_file()]:
+        raise DataError(f"{missing[0]}: no such file; {missing[0].parent} is neither a finished run nor a saved recognizer")
+    dim = feature_width(trained.encoder)
+    context = feature_width(trained.context_encoder) if trained.context_encoder else dim
+    if dim and context:
+        for config, path in saved.values(): check_shapes(config, path, dim, context)
+
 # %% ../nbs/28_recognizer.ipynb #47a13ce4
 def _local(
     folder: str | Path,  # or an id on the Hub, "owner/name"
 ) -> Path:
     "The folder on this machine; `DataError` where there is none and none can be fetched."
-    for place in (Path(folder).expanduser(), from_root(folder)):
+    for place in (expand(folder), from_root(folder)):
         if place.is_dir(): return place
     if not isinstance(folder, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", folder):
         raise DataError(f"{folder}: no such folder; give the folder of a finished run or of a saved recognizer, or a model's id on the Hub (owner/name)")
@@ -330,8 +344,13 @@ def _rendered(config: TrainConfig) -> bool:
     return str(config.data_root or "").replace("\\", "/").startswith("data/mini")
 
 
+def _terms(dataset: str) -> tuple[str, str]:
+    "What a dataset is, and its licence."
+    return _DATA.get(dataset) or (f"{dataset}, {_DATA['csv'][0]}", _DATA["csv"][1])
+
+
 def _data(config: TrainConfig, dataset: str) -> str:
-    return f"videos rendered by xmic, in the formats of {_DATA[dataset][0]}" if _rendered(config) else _DATA[dataset][0]
+    return f"videos rendered by xmic, in the formats of {_terms(dataset)[0]}" if _rendered(config) else _terms(dataset)[0]
 
 
 def _results(config: TrainConfig, kind: str, known: dict) -> list[dict]:
@@ -362,22 +381,24 @@ def _card_header(name: str, adapters: dict[str, TrainConfig], rows: list[dict], 
 
 
 def _training(kind: str, c: TrainConfig, known: dict) -> str:
-    encoder = f"{c.encoder}" + (f" ({Path(c.weights).name})" if c.weights else "") + (f", the adapter reads {c.context_encoder}" if c.context_encoder else "")
+    encoder = markdown_text(f"{c.encoder}" + (f" ({Path(c.weights).name})" if c.weights else "")
+                            + (f", the adapter reads {c.context_encoder}" if c.context_encoder else ""))
     recipe = (f"recipe `{c.recipe}`: {c.optimizer}, learning rate {c.lr:g}, {c.epochs} epochs with {c.warmup_epochs} of warm-up, "
               f"batches of {c.batch_size}, seed {c.seed}")
     frames = f"{c.frames} frames of each segment, classified by the {c.classified_view} view" + (
         f", conditioned on {' and '.join(c.context_views)}" if reads_context(c) else "")
-    versions = ", ".join(f"{n} {v}" for n, v in known.get("versions", {}).items() if v) if isinstance(known.get("versions"), dict) else ""
+    versions = markdown_text(", ".join(f"{n} {v}" for n, v in known.get("versions", {}).items() if v)) if isinstance(known.get("versions"), dict) else ""
     parameters = f", {known['parameters']:,} parameters" if isinstance(known.get("parameters"), int) else ""
-    return (f"- **{kind}s**: {_METHODS.get(c.method) or code_name(c.method)}{parameters}, trained on {_data(c, c.dataset)}. Encoder {encoder}; prompts `{c.template}`; "
+    method = _METHODS.get(c.method) or markdown_text(code_name(c.method))
+    return (f"- **{kind}s**: {method}{parameters}, trained on {markdown_text(_data(c, c.dataset))}. Encoder {encoder}; prompts {markdown_code(c.template)}; "
             f"{frames}; {recipe}; model selection: {c.selection}." + (
-                f" Run `{c.name}`" if c.name else "") + (f" ({versions})." if versions else "." * bool(c.name)))
+                f" Run {markdown_code(c.name)}" if c.name else "") + (f" ({versions})." if versions else "." * bool(c.name)))
 
 
 def _table(rows: list[dict]) -> str:
     columns = dict(names="names", place="tested on", top1="top-1 % (segments)", interval="95 % interval", top5="top-5 %",
                    shared="shared classes", novel="novel classes")
-    lines = [columns.values(), ["---"] * len(columns), *([str(row[c]) for c in columns] for row in rows)]
+    lines = [columns.values(), ["---"] * len(columns), *([markdown_text(row[c]) for c in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 # %% ../nbs/28_recognizer.ipynb #0275f544
@@ -395,20 +416,21 @@ def _card(name: str, encoder: Encoder, adapters: dict[str, TrainConfig], known: 
     numbers = [_table(rows), "Accuracies in per cent, in brackets the segments they were counted on. Shared classes were trained on under the same name, "
                "novel ones were not; each of the two is counted among its own classes alone."] * bool(rows)
     numbers += [f"Nothing is known of the accuracy on {kind}s: the run left no numbers." for kind in silent]
-    terms = sorted({f"{_DATA[c.dataset][0]}: {_DATA[c.dataset][1]}." for c in adapters.values() if not _rendered(c)})
+    one_line = " ".join(name.split())
+    terms = sorted({markdown_text("{}: {}.".format(*_terms(c.dataset))) for c in adapters.values() if not _rendered(c)})
     return "\n\n".join([
-        _card_header(name, adapters, rows, license), f"# {name}",
+        _card_header(name, adapters, rows, license), f"# {markdown_text(name)}",
         f"Adapters that recognise {kinds} in first-person video, for [xmic](https://github.com/xmic/xmic). "
         "They move the class names of a frozen CLIP towards what is seen; the list of names is yours.",
-        "## Use", f'```python\nfrom xmic.recognizer import Recognizer\n\nrecognizer = Recognizer.from_pretrained("{name}")\n'
+        "## Use", f'```python\nfrom xmic.recognizer import Recognizer\n\nrecognizer = Recognizer.from_pretrained({json.dumps(name, ensure_ascii=False)})\n'
         'recognizer.predict("kitchen.mp4", nouns=["pan", "knife", "tap"], verbs=["take", "put", "wash"])\n```',
-        f"```sh\nxmic predict kitchen.mp4 --model {name} --nouns nouns.txt --verbs verbs.txt\n```",
-        f"The encoder, {encoder.name} ({encoder.weights}), is not in this folder: it is loaded by its name.",
+        f"```sh\nxmic predict kitchen.mp4 --model {shlex.quote(one_line)} --nouns nouns.txt --verbs verbs.txt\n```",
+        f"The encoder, {markdown_text(f'{encoder.name} ({encoder.weights})')}, is not in this folder: it is loaded by its name.",
         "## Training", "\n".join(_training(kind, c, known.get(kind, {})) for kind, c in adapters.items()), *([made] if made else []),
         "## Numbers", *(numbers or ["None were measured."]),
         *(["The videos were rendered by the kit itself. The numbers are about the kit, and say nothing of real videos."] * rendered),
         "## Limits", _LIMITS + "\n- Trained on rendered videos of a few shapes: with real videos its answers mean nothing." * rendered,
-        "## Licence", " ".join([f"The adapters: {license}." if license != "other" else
+        "## Licence", " ".join([f"The adapters: {markdown_text(license)}." if license != "other" else
                                 "The adapters were trained on data that have terms of their own, which bind those who use them.",
                                 *terms, "The encoder's weights have their own licence."])]) + "\n"
 
@@ -451,33 +473,37 @@ class Recognizer:
         self.methods = {kind: method.to(encoder.device).eval() for kind, method in methods.items()}
         self.plain = ZeroShot(float(encoder.logit_scale or 100.0)).to(encoder.device)
         self._text = _Texts(encoder)
+        self._folders: list[Path] = []  # that the adapters were read from
 
     @classmethod
     def from_pretrained(cls,
                         folder: str | Path | Sequence[str | Path],  # of a run, or saved by `save_pretrained`, or an id on the Hub; or several of these
                         device: str | None = None,  # None: a GPU where there is one
                         weights: str | None = None,  # of the encoder, if the file named in the config lies elsewhere now
+                        trust_code: bool = False,  # run the code that these folders name: a method or an encoder of someone's own
                        ) -> "Recognizer":
         "Loads adapters and the encoder that they were trained with; of two folders, one for nouns and one for verbs. `DataError` if there are none."
         places = [_local(one) for one in ([folder] if isinstance(folder, (str, Path)) else folder)]
         saved: _Saved = {}
         metrics: dict[str, dict] = {}
         for place in places:
-            found = _saved(place)
+            found = _saved(place, trust_code)
             if twice := sorted(saved.keys() & found.keys()):
                 raise DataError(f"{place}: holds an adapter for {' and '.join(twice)}s, and so does a folder before it; give one for each")
             saved, metrics = saved | found, metrics | _measured(place, found)
         trained = _one_encoder(" and ".join(map(str, places)), saved)
+        _check_widths(trained, saved)
         encoder = create_encoder(trained.encoder, weights or trained.weights, device, clip_frames=trained.clip_frames).with_resize(trained.resize)
         context = encoder if not trained.context_encoder else create_encoder(
             trained.context_encoder, trained.context_weights, device, clip_frames=trained.context_clip_frames).with_resize(trained.resize)
         methods = {}
         for kind, (config, path) in saved.items():
-            if not path.is_file():
-                raise DataError(f"{path}: no such file; {path.parent} is neither a finished run nor a saved recognizer")
+            check_shapes(config, path, encoder.dim, context.dim)
             methods[kind] = build_method(config, encoder.dim, context.dim, float(encoder.logit_scale), text_tower(config, encoder), encoder=encoder)
             load_trained(methods[kind], path)
-        return cls(encoder, methods, {kind: config for kind, (config, _) in saved.items()}, context, metrics)
+        made = cls(encoder, methods, {kind: config for kind, (config, _) in saved.items()}, context, metrics)
+        made._folders = places
+        return made
 
     @classmethod
     def zero_shot(cls,
@@ -496,12 +522,18 @@ class Recognizer:
                         license: str | None = None,  # as the Hub writes them, such as "cc-by-nc-4.0"; None: "other", of the kit's rendered data "mit"
                         made: str = "",  # how it was made, a paragraph for the card
                         name: str | None = None,  # on the card; None: the folder's
+                        overwrite: bool = False,  # whether a recognizer that is there may be overwritten
                        ) -> None:
-        "Writes the adapters, how to build them, and a model card (README.md); the frozen encoder is named, not copied. `DataError` without an adapter."
+        """Writes the adapters, how to build them, and a model card (README.md); the frozen encoder is named, not copied.
+
+        `DataError` without an adapter, and for files that exist or that this recognizer was read from."""
         if not self.methods:
             raise DataError("there is no adapter to save: zero-shot needs nothing but the encoder's name")
         folder, license = Path(folder), license or ("mit" if all(map(_rendered, self.configs.values())) else "other")
         card = _card(name or folder.name, self.encoder, self.configs, self.metrics, license, made)
+        inputs: list[str | Path] = [self.encoder.weights, self.context.weights, *(file for place in self._folders for file in place.glob("*"))]
+        for file in (*(f"{kind}.safetensors" for kind in self.methods), "config.json", "README.md"):
+            check_output(folder / file, inputs, overwrite)
         for kind, method in self.methods.items():
             with whole_file(folder / f"{kind}.safetensors") as part:
                 save_file({k: v.contiguous().cpu() for k, v in method.state_dict().items()}, part)

@@ -10,7 +10,7 @@ __all__ = ['NAMES', 'CELL', 'MARKS', 'plot_history', 'plot_accuracies', 'plot_se
 # %% ../nbs/27_reporting.ipynb #8cf3623d
 import os
 from html import escape
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -24,7 +24,7 @@ from matplotlib.patches import Rectangle
 
 from .classes import clean_ego4d, clean_egtea, clean_epic
 from .clips import wanted_frames
-from .files import DataError, from_root, read_json, whole_file
+from .files import DataError, check_trust, from_root, latex_text, markdown_text, read_json, whole_file
 from .paper import PRINTED, harmonic_mean, over_seeds, printed
 from .segments import read_classes, read_segments
 from .video import frame_indices, probe, read_frames
@@ -89,18 +89,23 @@ def plot_segments(
     rows: int = 3,  # segments that were recognised, and as many that were not
     frames: int = 6,  # frames of each
     dataset: str | None = None,  # None: the source
+    trust_code: bool = False,  # run the reader of data that the run names, where that is code
 ) -> Figure:
     "Strips of frames of segments that were recognised (green) and that were not (red), the surest first."
-    from xmic.training import dataset_root
+    from xmic.config import dataset_root
 
     dataset = dataset or run.config.dataset
+    root = dataset_root(run.config, dataset)
+    check_trust({f"{run.folder / 'config.json'}, data of {dataset}": root}, trust_code)
     predictions = pd.read_csv(run.folder / "predictions.csv")
     predictions = predictions[predictions.dataset == dataset].sort_values("confidence", ascending=False, kind="stable")
     right = predictions[predictions.predicted == predictions.label].head(rows)
     wrong = predictions[predictions.predicted != predictions.label].head(rows)
     chosen = pd.concat([right, wrong])
-    segments = read_segments(dataset, dataset_root(run.config, dataset), "test").set_index("segment_id")
-    names = {k: read_classes(dataset, dataset_root(run.config, dataset), k).names for k in set(chosen.kind)}
+    segments = read_segments(dataset, root, "test").set_index("segment_id")
+    if "label_name" not in chosen:  # a run of an earlier version
+        names = {k: read_classes(dataset, root, k).names for k in set(chosen.kind)}
+        chosen = chosen.assign(**{f"{c}_name": [names[k][i] for k, i in zip(chosen.kind, chosen[c])] for c in ("label", "predicted")})
     fig, axes = plt.subplots(len(chosen), 1, figsize=(1.5 * frames, 1.15 * len(chosen)), squeeze=False, constrained_layout=True)
     for row, ax in zip(chosen.itertuples(), axes[:, 0]):
         good = row.predicted == row.label
@@ -114,8 +119,7 @@ def plot_segments(
         gap = np.full((len(shown[0]), max(1, shown[0].shape[1] // 40), 3), 255, np.uint8)
         ax.imshow(np.concatenate([part for frame in shown for part in (frame, gap)][:-1], axis=1))
         ax.set_axis_off()
-        label, predicted = (names[row.kind][i] for i in (row.label, row.predicted))
-        ax.set_title(label if good else f"{label}, taken for {predicted}", loc="left", fontsize=9, color="tab:green" if good else "tab:red")
+        ax.set_title(row.label_name if good else f"{row.label_name}, taken for {row.predicted_name}", loc="left", fontsize=9, color="tab:green" if good else "tab:red")
     return fig
 
 # %% ../nbs/27_reporting.ipynb #e8d480ec
@@ -153,9 +157,10 @@ def plot_views(
 def scores(
     cells: pd.DataFrame,  # as `experiments.cells` gives them
     runs_root: str | Path,  # folder of the runs
+    changed: Collection[str] = (),  # runs that are left out, for their data have changed since: `experiments.changed_runs`
 ) -> pd.DataFrame:  # one row for each cell and run: the cell's columns, run, value, low, high, segments, classes
     "The value of every run behind every cell, in per cent; nan where a run is not there."
-    found = {name: _metrics(from_root(runs_root) / name) for name in dict.fromkeys(n for names in cells.runs for n in names)}
+    found = {name: None if name in changed else _metrics(from_root(runs_root) / name) for name in dict.fromkeys(n for names in cells.runs for n in names)}
     lines = []
     for cell in cells.itertuples():
         for name in cell.runs:
@@ -198,12 +203,14 @@ def _harmonic_interval(metrics: dict, kind: str, measure: str) -> tuple[float, f
 def tabulate(
     cells: pd.DataFrame,
     runs_root: str | Path,
+    changed: Collection[str] = (),  # runs whose data have changed since; a column `changed` then says which cells they leave empty
 ) -> pd.DataFrame:  # table, source, method, variant, kind, column, mean, std, low, high, seeds, wanted, segments, chance
     "A table in tidy form. `std` is over seeds, nan for one; `wanted` is the number of seeds asked for; `chance` is 100 / classes."
-    every = scores(cells, runs_root)
+    every = scores(cells, runs_root, changed)
     table = every.groupby(CELL, sort=False).agg(
         mean=("value", "mean"), std=("value", "std"), low=("low", "mean"), high=("high", "mean"), seeds=("value", "count"), wanted=("run", "size"),
         segments=("segments", _range), chance=("classes", lambda n: 100 / n.max()))
+    if changed: table["changed"] = every.run.isin(list(changed)).groupby([every[c] for c in CELL], sort=False).any()
     for cell, values in every.dropna(subset="value").groupby(CELL, sort=False).value:
         if len(values) > 1:
             table.loc[cell, ["low", "high"]] = [over_seeds(list(values))[bound] for bound in ("low", "high")]
@@ -240,7 +247,7 @@ def layout(
     table: pd.DataFrame,  # as `tabulate` or `compare` gives it
     form: str = "markdown",  # "text", "markdown", "html" or "latex"
 ) -> dict[str, pd.DataFrame]:  # by source: rows of the page, columns (kind, column)
-    "The cells as texts; one that has no run says so."
+    "The cells as texts; one that has no run, or one of data that have changed since, says so."
     pages = {}
     for source, part in table.groupby("source", sort=False):
         part = part.assign(text=_texts(part, form), row=[f"{m} {v}".strip() if v else m for m, v in zip(part.method, part.variant)])
@@ -263,7 +270,7 @@ def _texts(part: pd.DataFrame, form: str) -> list[str]:
     several = part.groupby(["kind", "column"])["seeds"].transform(lambda n: (n > 0).sum()) > 1
     texts = []
     for cell, place, mark in zip(part.itertuples(), rank, several):
-        text = "no run" if cell.seeds == 0 else f"{cell.mean:.2f}"
+        text = ("data changed" if getattr(cell, "changed", False) else "no run") if cell.seeds == 0 else f"{cell.mean:.2f}"
         if mark and place in (1, 2):
             text = (best if place == 1 else second).format(text)
         if cell.seeds > 1:
@@ -292,11 +299,11 @@ def to_markdown(
     note: str = "",  # stands below the table
 ) -> str:
     "The table as GitHub shows it."
-    parts = [f"### {title}"] if title else []
+    parts = [f"### {markdown_text(title)}"] if title else []
     for source, page in layout(table).items():
-        flat = page.set_axis([f"{kind} {column}" for kind, column in page.columns], axis=1)
-        parts += [f"Source: {source}", flat.to_markdown(colalign=("left", *["right"] * len(flat.columns)), disable_numparse=True)]
-    return "\n\n".join([*parts, *([note] if note else [])]) + "\n"
+        flat = page.rename(index=markdown_text).set_axis([markdown_text(f"{kind} {column}") for kind, column in page.columns], axis=1)
+        parts += [f"Source: {markdown_text(source)}", flat.to_markdown(colalign=("left", *["right"] * len(flat.columns)), disable_numparse=True)]
+    return "\n\n".join([*parts, *([markdown_text(note)] if note else [])]) + "\n"
 
 
 def to_html(
@@ -304,7 +311,7 @@ def to_html(
 ) -> str:
     "The table as a notebook shows it."
     pages = layout(table, "html").items()
-    return "\n".join(f"<p>Source: {source}</p>\n" + page.rename(index=escape).to_html(escape=False, border=0) for source, page in pages)
+    return "\n".join(f"<p>Source: {escape(source)}</p>\n" + page.rename(index=escape, columns=escape).to_html(escape=False, border=0) for source, page in pages)
 
 
 def to_latex(
@@ -318,7 +325,7 @@ def to_latex(
         styler = page.style.format_index(escape="latex").format_index(escape="latex", axis=1)
         columns = "l" + "c" * len(page.columns)
         parts.append(styler.to_latex(hrules=True, column_format=columns, multicol_align="c", position="t",
-                                     caption=f"{title}. Source: {source}. {note}".replace("%", "\\%").strip(". ") + "."))
+                                     caption=latex_text(f"{title}. Source: {source}. {note}".strip(". ") + ".")))
     return "% needs \\usepackage{booktabs}\n" + "\n".join(parts)
 
 # %% ../nbs/27_reporting.ipynb #66c7971d
@@ -373,7 +380,7 @@ def links(
         for name in part.runs.iloc[0]:
             folder = Path(os.path.relpath(from_root(runs_root) / name, from_root(page))).as_posix()
             files = " ".join(f'<a href="{quote(f"{folder}/{file}")}">{file}</a>' for file in ("train.ipynb", "config.json", "metrics.json"))
-            rows.append(f"<tr><td>{source}</td><td>{escape(f'{method} {variant}'.strip())}</td><td>{kind}</td><td>{escape(name)}</td><td>{files}</td></tr>")
+            rows.append(f"<tr><td>{escape(source)}</td><td>{escape(f'{method} {variant}'.strip())}</td><td>{escape(kind)}</td><td>{escape(name)}</td><td>{files}</td></tr>")
     stem = f"table{cells.table.iloc[0]}"
     files = " · ".join(f'<a href="{stem}.{ending}" download>{word}</a>' for ending, word in (("csv", "CSV"), ("tex", "LaTeX"), ("md", "Markdown"), ("svg", "figure")))
     return f"<p>{files}</p><details><summary>The runs behind it</summary><table>{''.join(rows)}</table></details>"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'epic_frame_rate', 'read_epic', 'read_ego4d', 'central_window', 'read_egtea', 'read_csv', 'read_code',
-           'own_dataset', 'read_segments', 'read_classes', 'read_epic_unseen', 'read_epic_tail', 'head_classes']
+           'own_dataset', 'read_segments', 'read_classes', 'segments_sha256', 'classes_sha256', 'read_epic_unseen',
+           'read_epic_tail', 'head_classes']
 
 # %% ../nbs/03_segments.ipynb #dd9dffa9
 import hashlib
@@ -20,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from .classes import ClassSet
-from .files import DataError, brief, code_file, did_you_mean, is_code, load_code, read_json, read_table, read_text
+from .files import DataError, brief, code_file, did_you_mean, expand, is_code, load_code, read_json, read_table, read_text
 
 # %% ../nbs/03_segments.ipynb #5936808c
 COLUMNS = ["segment_id", "video_id", "video_path", "start_sec", "stop_sec", "start_frame", "stop_frame",
@@ -94,7 +95,7 @@ def _checked(
 
 # %% ../nbs/03_segments.ipynb #51134a1c
 def _root(root: str | Path) -> Path:
-    root = Path(root).expanduser().absolute()
+    root = expand(root).absolute()
     if not root.exists():
         raise DataError(f"{root}: no such file or folder")
     return root
@@ -506,6 +507,25 @@ def read_classes(
     if dataset == "egtea":
         return _egtea_classes(root, kind, empty_class)
     return {"epic": _epic_classes, "ego4d": _ego4d_classes}[dataset](root, kind)
+
+# %% ../nbs/03_segments.ipynb #cce74779
+def segments_sha256(
+    segments: pd.DataFrame,  # COLUMNS
+    kind: str | None = None,  # "noun" or "verb": of their labels; None: of their videos, times and frame numbers
+) -> str:
+    "A hash of what annotations say of segments."
+    text = segments.astype(dict(start_frame=str, stop_frame=str)).assign(
+        start=segments["start_sec"].map("{:.6f}".format), stop=segments["stop_sec"].map("{:.6f}".format))
+    columns = ["segment_id", kind] if kind else ["segment_id", "video_id", "start", "stop", "start_frame", "stop_frame"]
+    lines = sorted("\t".join(row) for row in zip(*(text[column] for column in columns)))
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def classes_sha256(
+    classes: ClassSet,
+) -> str:
+    "A hash of names and keys in their order."
+    return hashlib.sha256(repr((classes.names, classes.keys)).encode("utf-8", "surrogatepass")).hexdigest()
 
 # %% ../nbs/03_segments.ipynb #6e3bcf3d
 def _epic_ids(

@@ -11,6 +11,7 @@ import os
 import queue
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Iterable, Iterator, Sequence, TypeVar
 
 import numpy as np
@@ -103,10 +104,10 @@ def free_bytes(
     "Memory that features may take: 60 % of what is free on the device."
     if device.type == "cuda":
         return int(0.6 * torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = dict(line.split(":") for line in open("/proc/meminfo"))
+    try:  # on Linux
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
         return int(0.6 * 1024 * int(lines["MemAvailable"].split()[0]))
-    except OSError:
+    except (OSError, KeyError, ValueError):
         return int(0.3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if hasattr(os, "sysconf") else 2 << 30
 
 # %% ../nbs/15_streams.ipynb #3eaf60d9
@@ -146,7 +147,8 @@ class Streams:
 
     def _load(self, view: StoredView, firsts: np.ndarray, places: np.ndarray) -> Tensor:  # (sum N, D) float16 on the device
         flat = np.empty((int(places[:, 2].sum()), view.dim), np.float16)
-        for to, (shard, first, n) in zip(firsts, places):
+        order = np.argsort(places[:, 0], kind="stable")  # shard by shard, so that each is mapped once
+        for to, (shard, first, n) in zip(firsts[order], places[order]):
             flat[to:to + n] = view.shard(shard)[0].numpy()[first:first + n]  # NumPy: torch would wake its threads for every copy
         return torch.from_numpy(flat).to(self.device)
 

@@ -9,9 +9,12 @@ __all__ = ['Timeline', 'timeline', 'is_stream', 'open_stream']
 import base64
 import html
 import sys
-from contextlib import contextmanager
+import warnings
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from heapq import merge
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
@@ -21,10 +24,10 @@ import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
 from .classes import ClassSet
-from .files import DataError, brief, whole_file
+from .files import DataError, brief, check_output, whole_file
 from .hands import HandBoxes, HandDetector
 from .recognizer import Recognition, Recognizer
-from .video import VideoError, frame_times, iter_frames, probe
+from .video import LENIENT, VideoError, VideoInfo, _container, _stamps_of, frame_times, iter_frames, probe
 
 # %% ../nbs/29_timeline.ipynb #d812fb43
 @dataclass
@@ -54,17 +57,22 @@ class Timeline:
 
     def to_html(self,
                 path: str | Path,
+                overwrite: bool = False,  # whether a file that exists may be overwritten
                ) -> None:
-        "Writes one page that needs no other file, for light and dark screens."
+        "Writes one page that needs no other file, for light and dark screens. `DataError` if the page exists, or is the video."
+        check_output(path, [self.video], overwrite)
         with whole_file(path) as part:
-            part.write_text(_page(self), encoding="utf-8")
+            part.write_text(_page(self), encoding="utf-8", errors="xmlcharrefreplace")
 
     def annotate(self,
                  path: str | Path,  # .mp4
                  backend: str = "decord",
+                 overwrite: bool = False,  # whether a file that exists may be overwritten
                 ) -> None:
-        "Writes the video with what was recognised in it, and the hand boxes of the frames that were looked at. `DataError` where the video is no file."
-        _annotate(self, path, backend)
+        """Writes the recognised part of the video, with its sound, the answers, and the hand boxes of the frames that were looked at.
+
+        `DataError` where the video is no file, and for an output that exists or is the video."""
+        _annotate(self, path, backend, overwrite)
 
 # %% ../nbs/29_timeline.ipynb #15b9fe5f
 def timeline(
@@ -188,31 +196,147 @@ def _drawn(
                  font=font if fits == 1 else ImageFont.load_default(max(8, int(size * fits))))
     return np.asarray(picture)
 
+# %% ../nbs/29_timeline.ipynb #767b7bd1
+_COPIED = {"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus"}  # audio that players expect in an MP4
 
-def _annotate(line: Timeline, path: str | Path, backend: str) -> None:
+
+@dataclass
+class _Track:
+    "One audio stream, on its way from one file to another. Times are seconds, as the time stamps of the source count them."
+
+    source: Any  # input stream
+    target: Any  # output stream
+    zero: float  # where the output begins
+    span: tuple[float, float] | None  # what is kept; None: all
+    graph: av.filter.Graph | None = None  # of a stream that is encoded anew
+    last: int | None = None  # time stamp of the packet before
+
+    def copied(self, packet: av.Packet) -> Iterator[av.Packet]:
+        "The packet itself, unless it lies outside, or is the empty one at the end."
+        stamp = packet.dts if packet.pts is None else packet.pts
+        if not packet.size or stamp is None or self.span and not self.span[0] <= stamp * packet.time_base < self.span[1]: return
+        packet.pts = packet.dts = stamp - round(self.zero / packet.time_base)
+        packet.stream = self.target
+        if self.last is None or packet.dts > self.last:
+            self.last = packet.dts
+            yield packet
+
+    def encoded(self, packet: av.Packet) -> Iterator[av.Packet]:
+        "What has been encoded with this packet; the empty one at the end brings the rest."
+        with suppress(av.error.InvalidDataError):
+            for frame in self.source.codec_context.decode(packet if packet.size else None):
+                self.graph = self.graph or _trimmed(frame, self.span)
+                yield from self._filtered(self.graph, frame)
+        if self.graph and not packet.size:
+            yield from self._filtered(self.graph, None)
+            yield from self.target.encode(None)
+
+    def _filtered(self, graph: av.filter.Graph, given: av.AudioFrame | None) -> Iterator[av.Packet]:
+        with suppress(EOFError): graph.push(given)  # behind the end of the span it takes no more
+        with suppress(BlockingIOError, EOFError):
+            while True:
+                frame: Any = graph.pull()
+                frame.pts -= round(self.zero / frame.time_base)
+                yield from self.target.encode(frame)
+
+# %% ../nbs/29_timeline.ipynb #97e21e46
+def _trimmed(frame: av.AudioFrame, span: tuple[float, float] | None) -> av.filter.Graph:
+    "What cuts sound to a span, to the sample, and fills gaps with silence."
+    graph = av.filter.Graph()
+    source = graph.add_abuffer(sample_rate=frame.sample_rate, format=frame.format.name, layout=frame.layout.name, time_base=frame.time_base)
+    trim = [graph.add("atrim", f"start={span[0]:.6f}:end={span[1]:.6f}")] if span else []
+    graph.link_nodes(source, *trim, graph.add("aresample", "async=1"), graph.add("abuffersink")).configure()
+    return graph
+
+
+def _add_sound(source: Any, container: Any, zero: float, span: tuple[float, float] | None) -> dict[int, _Track]:  # by the number of the input stream
+    "Adds the audio streams of an open file to another one."
+    tracks = {}
+    for stream in source.streams.audio:
+        codec = stream.codec_context
+        if codec is None or not codec.sample_rate or not codec.channels:
+            warnings.warn(f"{source.name}: audio stream {stream.index} is of a kind that FFmpeg has no decoder for, and is left out")
+            continue
+        if codec.name in _COPIED:
+            target = container.add_stream_from_template(stream)
+        else:
+            rate = codec.sample_rate if codec.sample_rate in (av.codec.Codec("aac", "w").audio_rates or ()) else 48_000
+            target = container.add_stream("aac", rate=rate, layout="mono" if codec.channels == 1 else "stereo")
+        tracks[stream.index] = _Track(stream, target, zero, span)
+    return tracks
+
+
+def _sound(source: Any, tracks: dict[int, _Track]) -> Iterator[tuple[float, av.Packet]]:  # seconds, and what is to be written
+    "The packets of all audio streams as they come. A file that breaks off ends them with a warning."
+    try:
+        for packet in source.demux([track.source for track in tracks.values()]) if tracks else ():
+            track = tracks[packet.stream.index]
+            made: Any
+            for made in track.copied(packet) if track.source.codec_context.name in _COPIED else track.encoded(packet):
+                yield float(made.dts * made.time_base), made
+    except (av.error.FFmpegError, OSError) as e:
+        warnings.warn(f"{source.name}: its sound breaks off ({e})")
+
+# %% ../nbs/29_timeline.ipynb #92cf9d8f
+_TICKS = 60_000  # in a second
+
+
+def _pictures(line: Timeline, stream: Any, times: np.ndarray, shown: np.ndarray, begin: float, backend: str) -> Iterator[tuple[float, av.Packet]]:
+    "The frames of the stretches, drawn and encoded; `begin` is what the times of the output are ahead of `times`."
+    owner, done = np.searchsorted([a.stop for a in line.answers], times[shown], "right").clip(max=len(line.answers) - 1), 0
+    stamps = np.round((begin + times) * _TICKS).astype(int)
+    lasts = dict(zip(stamps.tolist(), np.diff(stamps).tolist()))  # how long each frame is shown
+    for numbers, images in iter_frames(line.video, shown, 16, backend):
+        for number, image in zip(numbers.tolist(), images):
+            image = image[:image.shape[0] // 2 * 2, :image.shape[1] // 2 * 2]
+            if not done: stream.width, stream.height = image.shape[1], image.shape[0]
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(_drawn(image, line.answers[owner[done]], number)), format="rgb24")
+            frame.pts, frame.time_base = int(stamps[number]), Fraction(1, _TICKS)
+            done += 1
+            yield from _timed(stream.encode(frame), lasts)
+    yield from _timed(stream.encode(), lasts)
+
+
+def _timed(packets: list[Any], lasts: dict[int, int]) -> Iterator[tuple[float, av.Packet]]:
+    for packet in packets:
+        packet.duration = lasts.get(packet.pts, packet.duration)
+        yield float(packet.dts * packet.time_base), packet
+
+
+def _span(line: Timeline, info: VideoInfo, times: np.ndarray) -> tuple[np.ndarray, tuple[float, float] | None]:
+    "The frames that are written, and from when to when, counted from the first frame; None: all."
+    begin, stop = line.answers[0].start, line.answers[-1].stop
+    shown = np.flatnonzero((times >= begin - 1e-6) & ((times < stop) | (stop > info.duration - 1e-6)))
+    behind = shown[-1] + 1
+    return shown, None if len(shown) == len(times) else (times[shown[0]], times[behind] if behind < len(times) else info.duration)
+
+# %% ../nbs/29_timeline.ipynb #3d133a7b
+def _annotate(line: Timeline, path: str | Path, backend: str, overwrite: bool) -> None:
     if not Path(line.video).exists():
         raise DataError(f"{line.video}: no such file; only a video that can be read again can be written with its answers")
     if Path(path).suffix.lower() != ".mp4":
         raise DataError(f"{path}: the annotated video is written as .mp4")
+    check_output(path, [line.video], overwrite)
     if not line.answers:
         raise DataError(f"{line.video}: nothing was recognised in it")
     info = probe(line.video, backend)
     times = np.arange(info.frames) / info.fps if info.folder else frame_times(line.video, backend)
-    shown = np.flatnonzero((times >= line.answers[0].start - 1e-6) & (times < line.answers[-1].stop))
-    owner = np.searchsorted([a.stop for a in line.answers], times[shown], "right").clip(max=len(line.answers) - 1)
+    shown, span = _span(line, info, times)
     with whole_file(path) as part, av.open(str(part), "w", format="mp4", options=dict(movflags="faststart")) as container:
-        stream = container.add_stream(_codec(), rate=Fraction(info.fps).limit_denominator(1001))
-        stream.pix_fmt, done = "yuv420p", 0
-        stream.codec_context.time_base = Fraction(1, 60_000)
-        for numbers, images in iter_frames(line.video, shown, 16, backend):
-            for number, image in zip(numbers.tolist(), images):
-                image = image[:image.shape[0] // 2 * 2, :image.shape[1] // 2 * 2]
-                if not done: stream.width, stream.height = image.shape[1], image.shape[0]
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(_drawn(image, line.answers[owner[done]], number)), format="rgb24")
-                frame.pts, frame.time_base = round((times[number] - times[shown[0]]) * 60_000), Fraction(1, 60_000)
-                container.mux(stream.encode(frame))
-                done += 1
-        container.mux(stream.encode())
+        stream: Any = container.add_stream(_codec(), rate=Fraction(info.fps).limit_denominator(1001))
+        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, _TICKS)
+        stream.codec_context.max_b_frames = 0  # with them the container's duration is wrong where the rate varies
+        if info.folder:
+            for _, packet in _pictures(line, stream, times, shown, -times[shown[0]], backend): container.mux(packet)
+            return
+        stamps = _stamps_of(line.video)
+        first = float(stamps.shown[0]) * stamps.unit - times[0]  # what the recording's time stamps are ahead of `times`
+        with _container(line.video) as (source, _):
+            starts = [float(audio.start_time * audio.time_base) for audio in source.streams.audio if audio.start_time is not None]
+            zero = first + span[0] if span else min([first, *starts])
+            tracks = _add_sound(source, container, zero, span and (first + span[0], first + span[1]))
+            for _, packet in merge(_pictures(line, stream, times, shown, first - zero, backend), _sound(source, tracks), key=itemgetter(0)):
+                container.mux(packet)
 
 # %% ../nbs/29_timeline.ipynb #abd38c41
 def is_stream(
@@ -228,7 +352,7 @@ def open_stream(
     fps: float | None = None,  # frames per second; None: what the stream says
 ) -> Iterator[tuple[float, Iterator[np.ndarray]]]:  # frames per second, and frames (H, W, 3) uint8
     "Frames as they come. `VideoError` if it cannot be opened or says no rate; frames that cannot be decoded end the stream with that error."
-    options: dict[str, Any] = dict(format="v4l2") if source.startswith("/dev/video") else {}
+    options = LENIENT | (dict(format="v4l2") if source.startswith("/dev/video") else {})
     try:
         container = av.open(sys.stdin.buffer if source == "-" else source, **options)
     except (av.error.FFmpegError, OSError, ValueError) as e:

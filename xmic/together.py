@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .evaluation import split_logits
 from .files import DataError, progress_bar, whole_file
 from .streams import Batch, Streams
-from .training import DeviceSteps, RunData, RunResult, Split, TrainConfig, Trainer, _claim, _found, pick_device, resolve, run_folder, train
+from .config import TrainConfig, resolve
+from .training import DeviceSteps, RunData, RunResult, Split, Trainer, _check_claim, _claim, _finished, _found, pick_device, run_folder, train
 
 # %% ../nbs/24_together.ipynb #b1d00eb1
 FREE = ("seed", "lr", "schedule", "warmup_epochs", "warmup_lr", "betas", "momentum", "weight_decay", "scale", "name", "runs_root", "progress", "tensorboard")
@@ -122,9 +123,12 @@ def _fit_together(configs: list[TrainConfig], data: _OneReading) -> None:
     "Leaves every run with the checkpoint of its last epoch."
     trainers, last = [], configs[0].epochs
     for c in configs:
-        trainers.append(Trainer(c, data.of(c).method(), data.text[c.dataset], data.split(c.dataset, "train"), data.device))
-        if state := _found(run_folder(c) / "checkpoint.pt", trainers[-1]):
-            trainers[-1].resume(state)
+        trainers.append(Trainer(c, data.of(c).method(), data.text[c.dataset], data.split(c.dataset, "train"), data.device, read=data.read))
+    for c, trainer in zip(configs, trainers):
+        for dataset in [c.dataset, *c.targets]: data.split(dataset, "test")
+        _claim(run_folder(c), c)
+        if state := _found(run_folder(c) / "checkpoint.pt", trainer):
+            trainer.resume(state)
     if not trainers[0].on_device:
         return
     together = None
@@ -151,9 +155,9 @@ def train_together(
     if twice := [str(f) for i, f in enumerate(folders) if f in folders[:i]]:
         raise DataError(f"two runs of one folder, {twice[0]}: let them differ in seed, settings or name")
     for c in configs:
-        _claim(run_folder(c), c)
+        _check_claim(run_folder(c), c)
     for group in alike(configs):
-        left = [c for c in group if not (run_folder(c) / "metrics.json").exists()]
+        left = [c for c in group if not _finished(c, run_folder(c))]
         data = _OneReading(left[0], pick_device(left[0].device)) if len(left) > 1 else None
         if data and (data.device.type == "cuda" if stacked is None else stacked):
             _fit_together(left, data)

@@ -102,8 +102,8 @@ class Workflow:
             self.data.mkdir(parents=True)
             for dataset in ("epic", "ego4d", "egtea"): (self.data / dataset).symlink_to(data / dataset)
         write_json(self.data / "profile.json", dict(
-            encoders={role: dict(encoder=name) for role, name in MINI_ENCODERS.items()}, features_root=str(folder / "features"),
-            runs_root=str(folder / "runs"), reports=str(folder / "report"), threads=1, gpus=0,
+            encoders={role: dict(encoder=name) for role, name in MINI_ENCODERS.items()}, features_root="features",
+            runs_root="runs", reports="report", threads=1, gpus=0,
             extract=dict(feature_fps=4.0, workers=1, device="cpu", progress=False),
             train=dict(epochs=2, warmup_epochs=0, batch_size=8, device="cpu", progress=False)))
         self.plan = plan(profile("paper", data=str(self.data)), TABLE)
@@ -124,15 +124,15 @@ class Workflow:
     @property
     def finished(self) -> dict[str, dict]:
         "The results of every finished run."
-        return {name: read_json(path)["results"] for name in self.plan.runs if (path := self.folder / "runs" / name / "metrics.json").exists()}
+        return {name: read_json(path)["results"] for name in self.plan.runs if (path := self.data / "runs" / name / "metrics.json").exists()}
 
     @property
     def shards(self) -> dict[str, bytes]:
-        return {name: content for name, content in store_bytes(self.folder / "features").items() if name.endswith(".safetensors")}
+        return {name: content for name, content in store_bytes(self.data / "features").items() if name.endswith(".safetensors")}
 
     @property
     def tables(self) -> dict[str, bytes]:
-        return {p.name: p.read_bytes() for p in sorted((self.folder / "report").glob("table*")) if p.suffix in (".csv", ".md", ".tex", ".svg")}
+        return {p.name: p.read_bytes() for p in sorted((self.data / "report").glob("table*")) if p.suffix in (".csv", ".md", ".tex", ".svg")}
 
 
 TABLE = "8"
@@ -160,22 +160,22 @@ def killed_reproduce(place: Place, folder: Path, rng: random.Random, many: int) 
     def done() -> None:
         after_each()
         assert killed.finished == whole.finished and killed.tables == whole.tables and set(killed.shards) == set(whole.shards)
-        assert (killed.folder / "report" / "index.html").stat().st_size > 0.5 * (whole.folder / "report" / "index.html").stat().st_size
+        assert (killed.data / "report" / "index.html").stat().st_size > 0.5 * (whole.data / "report" / "index.html").stat().st_size
 
     def all_done() -> None:
         done()
-        for name in ("features", "runs", "report"): shutil.rmtree(killed.folder / name)
+        for name in ("features", "runs", "report"): shutil.rmtree(killed.data / name)
         seen.clear()
 
     def tables_done() -> None:
         done()
-        _forget_tables(killed.folder)
+        _forget_tables(killed.data)
 
     start = lambda after: killed.start(after, rng.random() < 0.7)
     yield from _rounds("make reproduce", start, seconds, rng, many - many // 2, after_each, all_done)
     if many // 2:
         assert start(None)[0] == 0
-        _forget_tables(killed.folder)
+        _forget_tables(killed.data)
         begin = time.perf_counter()
         assert start(None)[0] == 0
         rendering = time.perf_counter() - begin

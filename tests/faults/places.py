@@ -10,7 +10,8 @@ from typing import Callable, Iterator
 from world import contents, extract_config, register_tiny, write_world
 from xmic.features import FeatureStore, extract_dataset
 from xmic.files import DataError
-from xmic.training import TrainConfig, train
+from xmic.config import TrainConfig
+from xmic.training import train
 
 
 @dataclass
