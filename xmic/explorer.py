@@ -43,7 +43,7 @@ from .recognizer import SampledFrames
 from .streams import Batch
 from .config import PIXELS, TrainConfig, dataset_root, named_code, read_config, resolve
 from .training import RunData, RunResult, Split, check_shapes, keeps_texts, load_trained, pick_device, test_batches, train
-from .video import frame_indices, frame_times, probe, read_frames
+from .video import frame_indices, probe, read_frames
 
 # %% ../nbs/39_explorer.ipynb #b327331a
 def read_names(
@@ -195,7 +195,7 @@ def _film(path: Path, start: float | None, stop: float | None, frames: int) -> t
         raise DataError(f"from {begin:g} to {end:g} s is no stretch of {path.name}, which lasts {info.duration:.2f} s")
     segment = SimpleNamespace(segment_id=path.stem, video_id=path.stem, start_sec=begin, stop_sec=end, start_frame=int(begin * info.fps) + 1,
                               stop_frame=int(end * info.fps) + 1)
-    every = wanted_frames(info, segment, times=None if info.folder else frame_times(path))
+    every = wanted_frames(info, segment)
     return segment, every[frame_indices(0, len(every), frames)]
 
 # %% ../nbs/39_explorer.ipynb #9a1222c4

@@ -39,7 +39,7 @@ from .hands import Box, HandBoxes, HandDetector, on_frame
 from .streams import Batch
 from .config import PIXELS, TrainConfig, build_method, reads_context, resolve_saved, text_tower
 from .training import check_shapes, load_trained
-from .video import VideoInfo, frame_indices, frame_times, iter_frames, probe
+from .video import VideoInfo, frame_indices, iter_frames, probe
 
 # %% ../nbs/28_recognizer.ipynb #d3513df4
 def _best_pairs(
@@ -164,7 +164,7 @@ class _Texts:
 # %% ../nbs/28_recognizer.ipynb #5fe58340
 def _stretch(video: str | Path, info: VideoInfo, start: float | None, stop: float | None) -> SimpleNamespace:
     "The stretch as a segment; `DataError` if the video has no such stretch."
-    begin, end = 0.0 if start is None else start, info.duration if stop is None else stop
+    begin, end = float(info.times[0]) if start is None else start, info.duration if stop is None else stop
     if not 0 <= begin < end or begin >= info.duration:
         raise DataError(f"{video}: from {begin:g} to {end:g} s is no stretch of a video of {info.duration:.2f} s")
     return _segment(Path(video).stem, info, begin, min(end, info.duration))
@@ -589,10 +589,9 @@ class Recognizer:
         "Recognises one stretch after the other, as `predict` does, and decodes each frame once. In memory are the frames of about two stretches."
         classes = self._checked(nouns, verbs, top)
         info = probe(video, backend)
-        times = None if info.folder else frame_times(video, backend)
         stretches = []
         for segment in _cut(_stretch(video, info, start, stop), info, every):
-            seen = wanted_frames(info, segment, times=times)
+            seen = wanted_frames(info, segment)
             stretches.append((segment, {n: seen[frame_indices(0, len(seen), n)] for n in self._counts(classes)}))
         return self._read(video, stretches, classes, top, boxes, info, backend)
 

@@ -24,10 +24,11 @@ import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
 from .classes import ClassSet
+from .clips import frames_between
 from .files import DataError, brief, check_output, whole_file
 from .hands import HandBoxes, HandDetector
 from .recognizer import Recognition, Recognizer
-from .video import LENIENT, VideoError, VideoInfo, _container, _stamps_of, frame_times, iter_frames, probe
+from .video import LENIENT, VideoError, VideoInfo, _container, _stamps_of, iter_frames, probe
 
 # %% ../nbs/29_timeline.ipynb #d812fb43
 @dataclass
@@ -303,12 +304,11 @@ def _timed(packets: list[Any], lasts: dict[int, int]) -> Iterator[tuple[float, a
         yield float(packet.dts * packet.time_base), packet
 
 
-def _span(line: Timeline, info: VideoInfo, times: np.ndarray) -> tuple[np.ndarray, tuple[float, float] | None]:
-    "The frames that are written, and from when to when, counted from the first frame; None: all."
-    begin, stop = line.answers[0].start, line.answers[-1].stop
-    shown = np.flatnonzero((times >= begin - 1e-6) & ((times < stop) | (stop > info.duration - 1e-6)))
-    behind = shown[-1] + 1
-    return shown, None if len(shown) == len(times) else (times[shown[0]], times[behind] if behind < len(times) else info.duration)
+def _span(line: Timeline, info: VideoInfo) -> tuple[np.ndarray, tuple[float, float] | None]:
+    "The frames that are written, and from when to when, in seconds of the file; None: all."
+    first, behind = frames_between(line.answers[0].start, line.answers[-1].stop, info)
+    whole = first == 0 and behind == info.frames
+    return np.arange(first, behind), None if whole else (info.times[first], info.times[behind] if behind < info.frames else info.end)
 
 # %% ../nbs/29_timeline.ipynb #3d133a7b
 def _annotate(line: Timeline, path: str | Path, backend: str, overwrite: bool) -> None:
@@ -320,8 +320,8 @@ def _annotate(line: Timeline, path: str | Path, backend: str, overwrite: bool) -
     if not line.answers:
         raise DataError(f"{line.video}: nothing was recognised in it")
     info = probe(line.video, backend)
-    times = np.arange(info.frames) / info.fps if info.folder else frame_times(line.video, backend)
-    shown, span = _span(line, info, times)
+    times = info.times
+    shown, span = _span(line, info)
     with whole_file(path) as part, av.open(str(part), "w", format="mp4", options=dict(movflags="faststart")) as container:
         stream: Any = container.add_stream(_codec(), rate=Fraction(info.fps).limit_denominator(1001))
         stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, _TICKS)
