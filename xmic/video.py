@@ -546,8 +546,8 @@ class VideoInfo:
     folder: bool = False  # a folder of extracted frames
     aspect: float = 1.0  # width of a pixel divided by its height
     reader: str = field(default="pyav", compare=False)  # "decord", "pyav", or "images"
-    times: np.ndarray = field(default=None, compare=False, repr=False)  # (frames,) seconds from the file's start; None: at `fps`, from 0
-    end: float | None = None  # seconds from the file's start when the last frame disappears; None: one interval after it appeared
+    times: Any = field(default=None, compare=False, repr=False)  # (frames,) float array, seconds from the file's start; None: at `fps`, from 0
+    end: Any = None  # float, seconds from the file's start when the last frame disappears; None: one interval after it appeared
 
     def __post_init__(self):
         if self.times is None:
