@@ -108,7 +108,7 @@ def test_faulty_videos_are_noted_and_the_rest_is_extracted(tmp_path):
         assert [r["segment_id"] for r in lines] == ["cut_0", "missing_0", "past", "text_0", "zeros_0"] and all(r["cause"] for r in lines)
     missing = store.missing(read_csv(world))
     assert len(missing) == 10 and "no such file" in missing.set_index("segment_id").cause["missing_0"].iloc[0]
-    assert "ends at 59" in missing.set_index("segment_id").cause["past"].iloc[0]
+    assert "the video shows something from 0.00 to" in missing.set_index("segment_id").cause["past"].iloc[0]
     _, again = extract_dataset(config(world, tmp_path / "features"))
     assert (again.extracted, len(again.failed), again.frames) == (0, 5, 0)
     shutil.copy(folder / "v1.mp4", folder / "missing.mp4")

@@ -134,7 +134,7 @@ def test_faulty_videos_are_noted_and_the_rest_is_stored(tmp_path):
     assert report.extracted == 4 and set(report.failed) == set(store.failures) == {"cut_0", "text_0", "missing_0", "past"}
     assert [s.path.name for s in store.shards] == ["v0.safetensors", "v1.safetensors"]
     missing = store.missing(read_csv(world)).set_index("segment_id").cause
-    assert "no such file" in missing["missing_0"] and "ends at 59" in missing["past"] and len(missing) == 4
+    assert "no such file" in missing["missing_0"] and "the video shows something from 0.00 to" in missing["past"] and len(missing) == 4
     _, again = store_dataset(config(world, tmp_path / "features"))
     assert (again.extracted, len(again.failed), again.frames) == (0, 4, 0)
     shutil.copy(folder / "v1.mp4", folder / "missing.mp4")
