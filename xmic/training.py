@@ -42,7 +42,7 @@ from .distributed import deal, first_ahead, from_first, gather, is_first, mine, 
 from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts
 from .evaluation import harmonic_means, predict, split_logits, sum_classes, summarise
 from .features import FeatureStore, StoredView, Timed, changed_since, dataset_store, resize_policy
-from .files import (DataError, brief, check_archive, check_trust, code_file, code_name, code_sha256, data_folder,
+from .files import (DataError, brief, check_archive, check_trust, code_file, code_name, code_sha256,
                         features_folder, from_root, is_code, progress_bar, project_root, read_json, whole_file,
                         write_json)
 from .frames import FrameStore, PixelStreams, frames_folder
@@ -729,7 +729,8 @@ def _keep_stale(config: TrainConfig, folder: Path) -> None:
         return
     metrics = RunResult.read(folder).metrics
     noted = metrics.get("data") or {}
-    changed = data_differences(noted, read_hashes(config, metrics))
+    if not (changed := data_differences(noted, read_hashes(config, metrics))):  # another process has just finished it
+        return
     made = [path for path in folder.iterdir() if path.suffix not in (".ipynb", ".log") and not path.name.startswith(".")]
     place = _keep_aside(folder, made, noted)
     warnings.warn(f"{folder} was made from other data: {', '.join(changed)} have changed since. It is kept as {place}, and the run is made anew")
