@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,6 +36,14 @@ def fail_at(rank: int, epoch: int, how: str) -> None:
     Trainer.run_epoch = failing
 
 
+def free_port() -> int:
+    "A port that nothing listens on, below those that the system hands out."
+    for port in random.sample(range(20000, 32000), 100):
+        with socket.socket() as tried:
+            if tried.connect_ex(("127.0.0.1", port)): return port
+    raise OSError("100 ports were taken")
+
+
 if __name__ == "__main__":
     import warnings
 
@@ -46,8 +55,9 @@ if __name__ == "__main__":
     register_tiny()
     if len(sys.argv) > 1:  # started by torchrun itself
         sys.exit(distributed.main(sys.argv[1:]))
-    for number, line in enumerate(sys.stdin):
+    for line in sys.stdin:
         arguments, ranks, fault, log = json.loads(line)
+        port = free_port()
         children = []
         for rank in range(ranks):
             if (child := os.fork()) == 0:
@@ -55,7 +65,7 @@ if __name__ == "__main__":
                 for out in (1, 2): os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), out)
                 if ranks > 1:
                     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
-                                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(20000 + (os.getppid() * 31 + number) % 20000))
+                                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
                 if fault: fail_at(*fault)
                 distributed.main(arguments)
                 os._exit(0)

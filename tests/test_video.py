@@ -457,6 +457,18 @@ def test_workers_do_not_import_torch():
         assert [item.chunk for item in pool.map(misbehave, ["torch"])][1] is False
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_an_interrupt_does_not_reach_the_first_worker_either():
+    code = """
+from xmic.video import _Worker
+worker = _Worker(60)
+(blocked,) = (line.split()[1] for line in open(f"/proc/{worker.process.pid}/status") if line.startswith("SigBlk"))
+worker.stop()
+assert int(blocked, 16) & 2, blocked
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)
+
+
 @pytest.mark.parametrize("ordered", [True, False])
 def test_faults_stay_with_their_task(ordered):
     tasks = ["fine", "hang", "bug", "fine", "crash", "fine"]

@@ -12,10 +12,9 @@ __all__ = ['GERUNDS', 'TRAIN_SEED', 'HELD_OUT_SEED', 'CLIP_SEED', 'HELD_OUT_CLIP
 import hashlib
 import os
 import re
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from .pixels import ALIASED, Preprocess
 from .scenes import LOOKS, VERBS, Action, Footage
 from .shapes import EGO4D_NOUNS, EGTEA_NOUNS, EPIC_NOUNS, NOUNS, picture, sprite
 from .classes import clean_ego4d, clean_egtea, clean_epic
-from .video import frame_indices
+from .video import DecodePool, frame_indices
 
 # %% ../nbs/34_pretraining.ipynb #4ea5177f
 _OTHER_NAMES = {
@@ -105,12 +104,20 @@ def render(
     return Pictures(*_all_nouns(_render, per_noun, seed, size, workers))
 
 
+def _draw(make: Callable, job: tuple) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    yield make(*job)
+
+
 def _all_nouns(make: Callable, per_noun: int, seed: int, size: int, workers: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Pixels, nouns and verbs of what `make` draws of each noun."
     jobs = [(noun, seed, per_noun, size) for noun in NOUNS]
     if per_noun * len(jobs) < 1000: parts = [make(*job) for job in jobs]
     else:
-        with ProcessPoolExecutor(workers or os.cpu_count() or 1, get_context("spawn")) as pool: parts = list(pool.map(make, *zip(*jobs)))
+        with DecodePool(workers or os.cpu_count() or 1, timeout=3600) as pool:
+            parts = []
+            for item in pool.map(partial(_draw, make), jobs):
+                if item.error: raise item.error
+                if not item.done: parts.append(item.chunk)
     return np.concatenate([p for p, _ in parts]), np.repeat(np.arange(len(jobs)), per_noun), np.concatenate([v for _, v in parts])
 
 # %% ../nbs/34_pretraining.ipynb #19f38973
