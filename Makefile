@@ -57,7 +57,7 @@ lock: $(BIN)/python
 
 # Runs the library notebooks, so that their figures can be seen without running them.
 notebooks: env
-	env -u MPLBACKEND jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/[0-9]*.ipynb
+	env -u MPLBACKEND jupyter nbconvert --log-level WARN --to notebook --execute --inplace $$(find nbs -path 'nbs/[0-9]*' -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*')
 	nbdev_clean
 
 readme: env

@@ -31,7 +31,7 @@ RUN = [p for p in NBS.glob("[!0-9]*.ipynb") if p.stem not in ELSEWHERE] + list((
 RUN.sort(key=lambda p: (p.stem not in PIPELINE, p.parent == NBS, PIPELINE.index(p.stem) if p.stem in PIPELINE else 0, p.stem))
 myst_substitutions = measurements(ROOT / "reports" / "bench") | dict(
     cpu_extraction="ViT-B-16-quickgelu, 456x256, cpu",
-    notebooks=contents(sorted(NBS.glob("[0-9]*.ipynb"))), run_notebooks=contents(RUN),
+    notebooks=contents([p for p in sorted(NBS.rglob("*.ipynb")) if p.relative_to(NBS).parts[0][0].isdigit()]), run_notebooks=contents(RUN),
     tutorials=contents(sorted((NBS / "tutorials").glob("*.ipynb"), key=lambda p: ("method" not in p.stem, p.stem))),
     explorer=contents(list(NBS.glob("explore.ipynb"))), mini_tables=committed_tables(ROOT / "reports" / "mini"))
 

@@ -160,9 +160,10 @@ def beside_readme(app, path, docname, content):
 def by_module(app, docname, source):
     "A link to a module leads to the notebook that it is written from, whatever that one's number."
     def notebook(link: re.Match) -> str:
-        found = sorted((ROOT / "nbs").glob(f"[0-9]*_{link[2]}.ipynb"))
-        return f"]({link[1]}nbs/{found[0].name})" if found else link[0]
-    source[0] = re.sub(r"\]\(((?:\.\./)*)xmic/(\w+)\.py\)", notebook, source[0])
+        *folders, name = link[2].split("/")
+        found = sorted((ROOT / "nbs").glob("/".join([*(f"[0-9]*_{folder}" for folder in folders), f"[0-9]*_{name}.ipynb"])))
+        return f"]({link[1]}{found[0].relative_to(ROOT).as_posix()})" if found else link[0]
+    source[0] = re.sub(r"\]\(((?:\.\./)*)xmic/([\w/]+)\.py\)", notebook, source[0])
 
 
 # Formulas as MathML, which every browser shows by itself.

@@ -17,6 +17,7 @@ import papermill
 import pytest
 from PIL import Image
 
+import library
 from xmic.costs import VITS, extraction_costs, vit_gflop
 from xmic.features import ExtractConfig
 from xmic.config import TrainConfig
@@ -255,7 +256,7 @@ def test_links_lead_to_files_of_the_repository(page):
 
 
 def test_messages_in_troubleshooting_are_those_of_the_kit():
-    places = [*(ROOT / "xmic").glob("*.py"), ROOT / "Makefile", ROOT / "Snakefile", ROOT / "tests" / "run", ROOT / "tests" / "readme.py"]
+    places = [*library.modules(), ROOT / "Makefile", ROOT / "Snakefile", ROOT / "tests" / "run", ROOT / "tests" / "readme.py"]
     known = "".join(p.read_text(encoding="utf-8") for p in places)
     known = re.sub(r"\{[^{}]*(\{[^{}]*\}[^{}]*)*\}|\"\s*f?\"|\s+", " ", known.replace('"\n', '"'))
     foreign = {"operator torchvision::nms does not exist", "No module named 'execnb.nbio'", "settings.ini"}
@@ -332,14 +333,14 @@ def missing_comments(site: Path) -> list[str]:
     "Comments of parameters of public functions that their page does not show."
     from pages import described, symbols
     missing = []
-    for module in sorted((ROOT / "xmic").glob("[a-z]*.py")):
-        code = module.read_text(encoding="utf-8")
-        (page,) = (site / "nbs").glob(f"[0-9][0-9]_{module.stem}.html")
+    for module, notebook in library.notebooks().items():
+        code = library.source(module).read_text(encoding="utf-8")
+        page = (site / notebook.relative_to(ROOT)).with_suffix(".html")
         shown, names = Page(page).text(), [name for _, name in symbols(code)]
         for node in ast.parse(code).body:
             if getattr(node, "name", None) in names:
                 parameters, _, result = described(ast.get_source_segment(code, node))
-                missing += [f"{module.stem}.{node.name}: {said}" for *_, said in [*parameters, ("", "", result)] if letters(said) not in shown]
+                missing += [f"{module}.{node.name}: {said}" for *_, said in [*parameters, ("", "", result)] if letters(said) not in shown]
     return missing
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import library
 from generated import NOTE, link_official_files, make
 from world import register_tiny, write_world
 from xmic import experiments
@@ -189,7 +190,7 @@ def test_a_run_that_was_deleted_is_made_again(tmp_path):
     done = [*(tmp_path / "features" / "jobs" / name / "done" for name in made.stores), *(runs / name / "metrics.json" for name in made.runs),
             *(reports / f"table3.{ending}" for ending in ("md", "csv", "tex", "svg", "png")), runs / "table3" / "done",
             *(reports / name for name in ("index.html", "runs.csv", "differences.csv")), runs / "report" / "done"]
-    newest = max(path.stat().st_mtime for path in [*(ROOT / "xmic").glob("*.py"), *(ROOT / "nbs").rglob("*.ipynb"), *(ROOT / "nbs").rglob("*.j2")])
+    newest = max(path.stat().st_mtime for path in [*library.modules(), *(ROOT / "nbs").rglob("*.ipynb"), *(ROOT / "nbs").rglob("*.j2")])
     for second, path in enumerate(done, int(newest) + 1):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

@@ -10,6 +10,7 @@ import nbformat
 import papermill
 import pytest
 
+import library
 from world import register_tiny, write_world
 from xmic.features import ExtractConfig
 from xmic.config import TrainConfig
@@ -17,6 +18,8 @@ from xmic.training import EvaluateConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+UPWARD = {  # imports from a higher layer, within functions: each is to go
+    ("distributed", "config"), ("distributed", "features"), ("distributed", "frames"), ("distributed", "training")}
 RUN = {"extract": ExtractConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
 
 
@@ -74,7 +77,7 @@ def test_the_readme_is_the_index():
 
 
 def test_the_library_needs_no_notebook_tools_at_run_time():
-    modules = [p.stem for p in (ROOT / "xmic").glob("*.py") if not p.stem.startswith("_") and p.stem != "explorer"]  # which is made of widgets
+    modules = [module for module in library.notebooks() if module.split(".")[-1] != "explorer"]  # which is made of widgets
     absent = ("nbdev", "fastcore", "papermill", "jupyter", "IPython", "ipywidgets", "nbformat")
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import {', '.join('xmic.' + m for m in modules)}; print('all')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -87,10 +90,24 @@ def test_decoding_workers_import_neither_torch_nor_open_clip():
 
 
 def test_modules_import_only_from_below():
-    order = {name.split("_", 1)[1]: place for place, name in enumerate(sorted(p.stem for p in NOTEBOOKS if re.match(r"\d\d_", p.stem)))}
-    for module, place in order.items():
-        used = re.findall(r"(?m)^from \.(\w+) import", (ROOT / "xmic" / f"{module}.py").read_text(encoding="utf-8"))
-        assert all(order[u] < place for u in used), (module, used)
+    order = {module: place for place, module in enumerate(library.notebooks())}
+    upward = {(module, used) for module in order for used in library.imports(library.source(module).read_text(encoding="utf-8"), module, set(order))
+              if order[used] > order[module]}
+    assert upward == UPWARD
+
+
+def test_every_module_has_a_notebook():
+    own = {ROOT / "xmic" / "__init__.py", ROOT / "xmic" / "_modidx.py"}  # the first is written by hand, the second by nbdev
+    assert {p for p in library.modules() if p not in own and p.name != "__init__.py"} == {library.source(m) for m in library.notebooks()}
+
+
+def test_imports_of_every_kind_are_seen():
+    known = {"base.files", "methods.coop", "methods.base"}
+    for line in ("from xmic.base.files import DataError", "from ..base.files import DataError", "import xmic.base.files as f", "from xmic.base import files",
+                 "def late():\n    from ..base import files", "from .. import base; from xmic import base; from xmic.base import files"):
+        assert library.imports(line, "methods.coop", known) == {"base.files"}, line
+    assert library.imports("from .base import Batch", "methods.coop", known) == {"methods.base"}
+    assert library.imports("import xmicro.base.files, torch", "methods.coop", known) == set()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

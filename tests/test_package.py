@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import library
 from world import CONFIG, TINY, write_world
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +73,7 @@ def outside(folder: Path, installed: Path, code: str, **environ: str) -> subproc
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive: names = set(archive.namelist())
-    modules = {f"xmic/{p.name}" for p in (ROOT / "xmic").glob("*.py")}
+    modules = {p.relative_to(ROOT).as_posix() for p in library.modules()}
     printed = {f"xmic/_paper/{p.name}" for p in (ROOT / "data/paper").glob("*.csv")}
     about = {name for name in names if name.startswith(f"xmic-{PROJECT.get('version', '')}") or ".dist-info/" in name}
     assert len(printed) == 8 and names - about == modules | printed | {"xmic/py.typed"}
@@ -83,10 +84,10 @@ def test_every_module_imports_without_the_tools(installed, tmp_path):
     extra = ("mini", "pretraining", "scenes", "shapes", "explorer")  # the first four draw with OpenCV, the last has widgets: extras of their own
     code = f"""
 import importlib, pkgutil
-names = [m.name for m in pkgutil.iter_modules(xmic.__path__)]
+names = [m.name for m in pkgutil.walk_packages(xmic.__path__, "xmic.")]
 assert len(names) > 30
 for name in names:
-    if name not in {extra}: importlib.import_module(f"xmic.{{name}}")
+    if name.split(".")[-1] not in {extra}: importlib.import_module(name)
 print("cv2" in sys.modules)
 from xmic.paper import printed
 assert all(len(printed(table)) for table in (*range(1, 8), "poster"))
@@ -151,7 +152,7 @@ def test_extras_name_what_the_kit_imports_and_the_tools_are_in_no_dependency():
     names = {"open_clip": "open_clip_torch", "PIL": "pillow", "google": "protobuf", "matplotlib": "seaborn", "cv2": "opencv_python_headless"}
     optional = {"cv2", "ipywidgets"}
     extra = {re.match(r"[\w.-]+", d)[0].lower().replace("-", "_") for e in PROJECT["optional-dependencies"].values() for d in e}
-    for path in sorted((ROOT / "xmic").glob("*.py")):
+    for path in library.modules():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:  # imported with the module
             for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []):
                 top = name.split(".")[0]

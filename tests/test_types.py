@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import library
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -61,7 +63,7 @@ def untyped(function: ast.FunctionDef, method: bool) -> bool:
 def test_public_signatures_are_typed():
     shown = lambda name: not name.startswith("_") or name in ("__init__", "__call__")
     found = []
-    for path in sorted((ROOT / "xmic").glob("[!_]*.py")):
+    for path in [library.source(module) for module in library.notebooks()]:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and shown(node.name) and untyped(node, False): found.append(f"{path.name}:{node.lineno} {node.name}")
             if isinstance(node, ast.ClassDef) and shown(node.name):
