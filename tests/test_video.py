@@ -19,7 +19,7 @@ from videos import (count, cut_short, large, misbehave, number_of, numbers_of, o
                     wait_or_write, write_jpegs, write_video)
 from xmic import video
 from xmic.files import DataError
-from xmic.video import DecodePool, VideoError, decoder_version, frame_indices, frame_times, iter_frames, probe, read_frames
+from xmic.video import Backend, DecodePool, VideoError, decoder_version, frame_indices, frame_times, iter_frames, probe, read_frames
 
 BACKENDS = ["decord", "pyav"]
 both = pytest.mark.parametrize("backend", BACKENDS)
@@ -194,9 +194,9 @@ def test_folder_of_frames(tmp_path):
     folder = write_jpegs(tmp_path / "P01_01", 30)
     assert numbers_of(read_frames(folder, [29, 0, 7, 7])) == [29, 0, 7, 7]
     assert [numbers_of(f) for _, f in iter_frames(folder, range(25), 10)] == [list(range(10)), list(range(10, 20)), list(range(20, 25))]
-    info = probe(folder, fps=50)
+    info = probe(folder, Backend(fps=50))
     assert (info.frames, info.fps, info.width, info.height, info.folder) == (30, 50, 160, 120, True)
-    assert frame_times(folder, fps=50)[-1] == pytest.approx(0.58)
+    assert frame_times(folder, Backend(fps=50))[-1] == pytest.approx(0.58)
     (folder / "frame_0000000008.jpg").unlink()
     assert probe(folder).frames == 30 and numbers_of(read_frames(folder, [6, 8])) == [6, 8]
     with pytest.raises(VideoError, match="frame_0000000008.jpg") as e: read_frames(folder, [6, 7])
@@ -213,7 +213,7 @@ def test_strange_indices_are_refused(made, indices):
 
 def test_unknown_backend_is_refused(made):
     for call in (lambda: read_frames(made["plain.mp4"], [0], "opencv"), lambda: decoder_version("opencv")):
-        with pytest.raises(DataError, match="'decord' or 'pyav'"): call()
+        with pytest.raises(DataError, match="'decord', 'pyav' or 'torchcodec'"): call()
 
 
 def test_without_decord_pyav_reads(made, monkeypatch):

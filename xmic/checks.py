@@ -32,7 +32,7 @@ from .files import DataError, brief, did_you_mean, expand, from_root, progress_b
 from .hands import HandBoxes, read_100doh, read_boxes, read_epic_hands
 from .segments import (_EGO4D_FOLDERS, _EGTEA_FOLDERS, _EPIC_FOLDERS, _csv_path, _find, epic_frame_rate, read_classes, read_csv, read_epic_tail,
                            read_epic_unseen, read_segments)
-from .video import DecodePool, VideoInfo, probe
+from .video import Backend, DecodePool, VideoInfo, probe
 
 # %% ../nbs/36_checks.ipynb #835831a5
 MARKS = {"good": "✓", "note": "·", "warning": "!", "problem": "✗"}
@@ -402,23 +402,23 @@ class _Look(NamedTuple):
     "A video to be opened."
 
     path: str
-    fps: float  # of a folder of frames
-    backend: str
+    backend: Backend
 
 
 def _look(task: _Look) -> Iterator[VideoInfo]:
-    yield probe(task.path, task.backend, task.fps)
+    yield probe(task.path, task.backend)
 
 
 def look_at(
-    videos: dict[str, float],  # path -> frames a second of a folder of frames
+    videos: dict[str, float | None],  # path -> frames a second of a folder of frames, where that is known
     workers: int = 0,  # processes; 0: this one, without time limit
     timeout: float = 60.0,  # seconds for each
-    backend: str = "decord",
+    backend: str | Backend = "decord",
     progress: bool = True,
 ) -> tuple[dict[str, VideoInfo], dict[str, str]]:  # what is known of the sound ones, and what is wrong with the others
     "Opens videos and reads one or more of their frames."
-    tasks, infos, faults = [_Look(path, fps, backend) for path, fps in videos.items()], {}, {}
+    chosen, infos, faults = Backend.of(backend), {}, {}
+    tasks = [_Look(path, replace(chosen, fps=chosen.fps or fps)) for path, fps in videos.items()]
     with DecodePool(workers, timeout) as pool, progress_bar(len(tasks), "video", show=progress and bool(workers)) as bar:
         for item in pool.map(_look, tasks, ordered=False):
             path = tasks[item.task].path
@@ -435,7 +435,7 @@ def _frames_fault(path: str, last: int) -> str:
     return f"lack frames, such as {lacks[0]}" if lacks else ""
 
 
-def _videos(check: Check, found: _Found, thorough: bool, look: int, workers: int | None, timeout: float, backend: str, progress: bool) -> None:
+def _videos(check: Check, found: _Found, thorough: bool, look: int, workers: int | None, timeout: float, backend: str | Backend, progress: bool) -> None:
     table = found.all
     if table.empty: return check.add("Videos", "note", "Not looked for: no list of segments could be read.")
     sizes = file_sizes(table.video_path.unique())
@@ -446,7 +446,7 @@ def _videos(check: Check, found: _Found, thorough: bool, look: int, workers: int
     chosen = sound if thorough or len(sound) <= 4 * look else sound[:look]
     rate = dict(zip(table.video_path, table.video_id.map(epic_frame_rate))) if found.dataset == "epic" else {}
     workers = (max(1, (os.cpu_count() or 2) - 1) if workers is None else workers) if thorough else 0
-    found.infos, broken = look_at({p: float(rate.get(p, 60)) for p in chosen}, workers, timeout, backend, progress)
+    found.infos, broken = look_at({p: rate.get(p) for p in chosen}, workers, timeout, backend, progress)
     faults |= dict.fromkeys(broken, "cannot be read")
     ends = _beyond(found, table)
     for split, own in found.segments.items():
@@ -495,6 +495,11 @@ def _say_videos(check: Check, found: _Found, sizes: dict, faults: dict[str, str]
         rest = "" if len(chosen) == len(there) + len(broken) else "; --thorough opens every one"
         said = [k if len(kinds) == 1 else f"{n} of {k}" for k, n in kinds.most_common()]
         check.add(section, "good", f"{_count(len(found.infos), 'video')} opened: {_some(said)}{rest}")
+    if odd := {p: i.aspect for p, i in found.infos.items() if i.stretched}:
+        check.add(section, "note", f"{_count(len(odd), 'opened video')} {_are(len(odd), 'has', 'have')} pixels that are not square: "
+                  f"{_some(f'{os.path.basename(p)} ({a:.4g} times as wide as high)' for p, a in odd.items())}. Frames are read as they are stored.",
+                  "nothing, unless things look stretched: then scale the videos (ffmpeg -i in.mp4 -vf scale=iw*sar:ih,setsar=1 out.mp4)",
+                  aspects={os.path.basename(p): a for p, a in odd.items()})
 
 
 def _grouped(faults: dict[str, str]) -> dict[str, list[str]]:
@@ -992,7 +997,7 @@ def check_data(
     look: int = 3,  # videos that are opened where not all are
     workers: int | None = None,  # processes of a thorough check; None: one less than there are cores
     timeout: float = 60.0,  # seconds for each video there
-    backend: str = "decord",  # or "pyav"
+    backend: str | Backend = "decord",
     progress: bool = True,
 ) -> Check:
     "Looks at a dataset, at hand boxes or at weights. Raises `DataError` where there is nothing to look at; downloads and changes nothing."

@@ -274,12 +274,15 @@ def predict(
                                              "in it: a file, or a folder for several."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Overwrite pages and annotated videos that exist. The videos given are never overwritten."),
     fps: Optional[float] = typer.Option(None, min=0.1, metavar="NUMBER", help="Frames per second of a stream that does not say."),
-    backend: str = typer.Option("decord", metavar="NAME", help="What reads files: decord or pyav."),
+    backend: str = typer.Option("decord", metavar="NAME", help="What reads files: decord, pyav, torchcodec, or code of your own as reader.py:Name."),
     device: Optional[str] = typer.Option(None, metavar="NAME", help="cpu or cuda; without it a GPU where there is one."),
     trust_code: bool = typer.Option(False, "--trust-code", help="Run the code that the model's folder names. Read it first: without this, it is shown."),
 ) -> None:
     "Recognise verbs, nouns and actions along videos or streams."
     from xmic.files import DataError, check_output
+    from xmic.video import Backend
+    reads = Backend(backend)
+    reads.check()
     length, begin, end = (None if t in (None, "all") else seconds(t) for t in (every, start, stop))
     given = videos(video)
     pages, films = _outputs(page, given, ".html"), _outputs(annotated, given, ".mp4")
@@ -299,7 +302,7 @@ def predict(
             if why := _nameless(ask["boxes"], one): _say(why)
             seen: list[str] = []
             line = Timeline(one, [])
-            extra = {} if is_stream(one) else dict(backend=backend)
+            extra = {} if is_stream(one) else dict(backend=reads)
             for answer in _answers(recognizer, one, ask | extra, length, begin, end, fps):
                 if page or annotated: line.answers.append(answer)
                 if json_lines:
@@ -313,7 +316,7 @@ def predict(
                 line.to_html(html_file, overwrite)
                 _say(f"{html_file} written")
             if video_file and line.answers:
-                line.annotate(video_file, backend, overwrite)
+                line.annotate(video_file, reads, overwrite)
                 part = f", the part from {line.answers[0].start:.1f} to {line.answers[-1].stop:.1f} s" if start or stop else ""
                 _say(f"{video_file} written{part}")
         except DataError as e:
@@ -334,7 +337,7 @@ def check_data(
     fps: Optional[float] = typer.Option(None, min=0.1, metavar="NUMBER", help="Frames per second of that extraction; without it, every frame, and 8."),
     data: Optional[str] = typer.Option(None, metavar="FOLDER", help="Of boxes: the folder of their dataset, if they do not lie in it."),
     workers: Optional[int] = typer.Option(None, min=1, metavar="NUMBER", help="Processes of a thorough check; without it, one less than there are cores."),
-    backend: str = typer.Option("decord", metavar="NAME", help="What reads videos: decord or pyav."),
+    backend: str = typer.Option("decord", metavar="NAME", help="What reads videos: decord, pyav, torchcodec, or code of your own as reader.py:Name."),
 ) -> None:
     "What is there of a dataset, what is missing, and which tables that affects."
     from xmic.checks import check_data

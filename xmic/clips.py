@@ -20,7 +20,7 @@ import numpy as np
 from .files import DataError
 from .hands import HandBoxes
 from .pixels import Preprocess, crop_edges
-from .video import VideoError, VideoInfo, frame_indices, iter_frames, out_of_memory, probe
+from .video import Backend, VideoError, VideoInfo, frame_indices, iter_frames, out_of_memory, probe
 
 # %% ../nbs/13_clips.ipynb #9c8dbc4d
 ROUNDED = 5e-4  # seconds, half of a millisecond
@@ -91,6 +91,7 @@ class Origin(NamedTuple):
 
     span: str | None  # see `segment_span`
     video: str | None  # see `video_identity`
+    reader: str | None = None  # what read it, with versions; None where that is not known
 
 
 WHOLE_FILE = "whole file"
@@ -173,7 +174,7 @@ class ClipTask:
     preprocess: tuple[Preprocess, ...]  # one for each encoder
     feature_fps: float | None = None
     boxes: HandBoxes | None = None  # for the hand view
-    backend: str = "decord"
+    backend: str | Backend = "decord"
     whole_files: bool = False  # a segment is its whole file, whatever its times say
     chunk: int = 64  # crops sent at once
     clip_frames: int = 1  # frames that are encoded together
@@ -214,6 +215,7 @@ class Clip:
     frames: np.ndarray  # (N,) frame numbers, counted from 0; of clips, the first of each
     rows: dict[str, np.ndarray]  # view -> (N,) which of the view's crops or clips, in the order they were sent; -1 - k: crop k of the full view
     origin: Origin  # what they were taken from
+    aspect: float = 1.0  # width of a pixel divided by its height
 
 
 @dataclass
@@ -323,7 +325,7 @@ def _read_group(task: ClipTask, path: str, info: VideoInfo, group: list, sent: d
             yield _send(view, waiting, sent, chunk)
     for (segment, frames), own in zip(group, rows):
         n = task.clip_frames
-        yield Clip(segment.segment_id, frames[::n], {view: crops[::n] // n for view, crops in own.items()}, segment.origin)
+        yield Clip(segment.segment_id, frames[::n], {view: crops[::n] // n for view, crops in own.items()}, segment.origin, info.aspect)
 
 # %% ../nbs/13_clips.ipynb #fac8528c
 def _try_group(task: ClipTask, path: str, info: VideoInfo, group: list, sent: dict[str, int]) -> Iterator[Pixels | Frames | Clip | Failed]:
@@ -346,6 +348,10 @@ def _with_origins(task: ClipTask, path: str, segments: list) -> list[SimpleNames
     return [SimpleNamespace(**vars(s) | dict(origin=Origin(span(s), video))) for s in segments]
 
 
+def _read_by(segment: SimpleNamespace, info: VideoInfo, backend: str | Backend) -> SimpleNamespace:
+    return SimpleNamespace(**vars(segment) | dict(origin=segment.origin._replace(reader=Backend.of(backend).reader_of(info))))
+
+
 def clip_pixels(
     task: ClipTask,
 ) -> Iterator[Pixels | Frames | Clip | Failed]:
@@ -358,6 +364,7 @@ def clip_pixels(
         segments = _with_origins(task, path, segments)
         try:
             info, wanted = probe(path, task.backend), []
+            segments = [_read_by(s, info, task.backend) for s in segments]
         except VideoError as e:
             if out_of_memory(e):
                 raise

@@ -665,8 +665,7 @@ def _extract_missing(config: "TrainConfig", splits: dict[str, list[str]], settin
             if not len(left) or not _any_video(left):
                 continue
             before = next(iter(there.values()), {})
-            as_before = dict(feature_fps=None if before["feature_fps"] == "every frame" else before["feature_fps"],
-                             backend=before["decoder"].split()[0].lower()) if before else {}
+            as_before = dict(feature_fps=None if before["feature_fps"] == "every frame" else before["feature_fps"]) if before else {}
             print(f"{dataset}: {len(left):,} of {len(segments):,} segments have no features by {name} yet, or of other times or videos; extracting them into {config.features_root}", flush=True)
             extract_dataset(ExtractConfig(**settings | as_before | dict(
                 dataset=dataset, data_root=str(root), splits=which, encoder=name, weights=weights, clip_frames=clip_frames, resize=config.resize,

@@ -40,7 +40,7 @@ from .files import DataError, brief, data_folder, features_folder, from_root, on
 from .hands import HandBoxes
 from .segments import read_segments
 from .towers import device_squares, without_waiting
-from .video import DecodePool, WorkerKilled, decoder_version, out_of_memory
+from .video import Backend, DecodePool, WorkerKilled, decoder_version, out_of_memory
 
 # %% ../nbs/14_features.ipynb #b7d3551d
 def write_shard(
@@ -68,15 +68,16 @@ def _checksum_of_places(header: dict, frames: Tensor) -> str:
 
 # %% ../nbs/14_features.ipynb #64ade536
 def _as_lists(segments: Iterable[str], origins: Mapping[str, Origin]) -> dict[str, list]:
-    "Origins as header and index have them: spans and videos in the order of the segments; nothing where none is known."
+    "Origins as header and index have them: spans, videos and readers in the order of the segments; nothing where none is known."
     known = [origins.get(i, Origin(None, None)) for i in segments]
-    return dict(spans=[o.span for o in known], videos=[o.video for o in known]) if origins else {}
+    readers = dict(readers=[o.reader for o in known]) if any(o.reader for o in known) else {}
+    return dict(spans=[o.span for o in known], videos=[o.video for o in known], **readers) if origins else {}
 
 
 def _origins(
     entry: dict,  # a header, or an entry of index.json
 ) -> dict[str, Origin]:  # by segment, those that are known
-    pairs = zip(entry["segments"], map(Origin, entry.get("spans", ()), entry.get("videos", ())))
+    pairs = zip(entry["segments"], map(Origin, entry.get("spans", ()), entry.get("videos", ()), entry.get("readers") or [None] * len(entry["segments"])))
     return {i: origin for i, origin in pairs if origin.span or origin.video}
 
 
@@ -88,8 +89,8 @@ def _counts(segments: Any) -> Iterable[int]:
 
 
 def _check_origins(entry: dict) -> None:
-    "`ValueError` if spans and videos are no lists of texts, one for each segment."
-    for name in ("spans", "videos"):
+    "`ValueError` if spans, videos and readers are no lists of texts, one for each segment."
+    for name in ("spans", "videos", "readers"):
         said = entry.get(name, [None] * len(entry["segments"]))
         if not isinstance(said, list) or len(said) != len(entry["segments"]) or not set(map(type, said)) <= {str, type(None)}:
             raise ValueError(f"its {name} are not those of its segments")
@@ -186,7 +187,7 @@ def _read_index(
 
 def _entry(path: Path, header: dict) -> dict:
     "What index.json says of a shard."
-    return {"bytes": _size(path), **{name: header[name] for name in ("segments", "spans", "videos") if name in header}}
+    return {"bytes": _size(path), **{name: header[name] for name in ("segments", "spans", "videos", "readers") if name in header}}
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -314,7 +315,7 @@ def changed_since(
 def _difference(view: Any, row: Any, shard: str, identity: Callable[[str], str | None] | None) -> str | None:
     if view.shard_of(row.segment_id) != shard:
         return f"another video: stored in {view.shard_of(row.segment_id)}, now of {row.video_id}"
-    span, video = view.origins.get(row.segment_id, (None, None))
+    span, video, _ = view.origins.get(row.segment_id, Origin(None, None))
     if span and span != (now := span_now(row, span)):
         return f"other times: stored of {span}, now {now}"
     there = identity(row.video_path) if identity and video else None
@@ -589,12 +590,23 @@ class ExtractReport:
     failed: dict[str, str] = field(default_factory=dict, repr=False)  # segment -> cause
     changed: dict[str, str] = field(default_factory=dict, repr=False)  # segments that were there, of other times or another video -> what differs
     unknown: int = 0  # segments that were there and do not say what they were taken from
+    aspects: dict[str, float] = field(default_factory=dict, repr=False)  # video -> width of a pixel divided by its height, where that is not 1
 
     def __repr__(self) -> str:
         rate = self.frames / self.seconds if self.seconds else 0.0
         return (f"{self.extracted:,} segments extracted, {self.present:,} were there, {len(self.failed):,} failed; {self.frames:,} crops "
                 f"encoded in {self.seconds:.1f} s, {rate:.1f} a second ({self.whole_frames:,} of the hand view had no box), "
-                f"{self.waiting:.1f} s of waiting for frames" + self._again())
+                f"{self.waiting:.1f} s of waiting for frames" + self._again() + self._stretched())
+
+    def note_aspect(self, video_id: str, aspect: float) -> None:
+        if abs(aspect - 1) >= 1e-3: self.aspects[video_id] = aspect
+
+    def _stretched(self) -> str:
+        "Which videos have pixels that are not square."
+        if not self.aspects: return ""
+        video, aspect = next(iter(self.aspects.items()))
+        return (f"; {len(self.aspects):,} {'video has' if len(self.aspects) == 1 else 'videos have'} pixels that are not square ({video}: {aspect:.4g} times as "
+                "wide as high), and frames were taken as they are stored")
 
     def _again(self) -> str:
         "What was to be made anew, and why."
@@ -606,7 +618,7 @@ def manifest_of(
     encoder: Encoder,
     view: str,  # "full" or "hand"
     feature_fps: float | None,
-    backend: str,
+    backend: str | Backend,
     boxes: HandBoxes | None,
 ) -> dict:
     "All that the rows of a view depend on."
@@ -630,9 +642,9 @@ def _check_view(store: FeatureStore, view: str, manifest: dict) -> None:
         if path.parent.is_dir() and _shards(path.parent):
             raise DataError(f"{path.parent} holds shards but no manifest.json, which says how they were made: move that folder away and extract again")
         return
-    there, told_apart_by_the_fingerprint = read_json(path), ("torch", "open_clip", "weights")
+    there, not_compared = read_json(path), ("torch", "open_clip", "weights", "decoder")  # the fingerprint tells the first apart; all decoders give the same frames
     _width(path, there)
-    if other := [k for k in manifest if there.get(k) != manifest[k] and k not in told_apart_by_the_fingerprint]:
+    if other := [k for k in manifest if there.get(k) != manifest[k] and k not in not_compared]:
         raise DataError(f"{path.parent} was made with other settings ({'; '.join(f'{k}: {there.get(k)}, now {manifest[k]}' for k in other)}): "
                         f"choose another features_root, or delete that folder")
 
@@ -641,8 +653,10 @@ def check_extraction(
     views: Sequence[str],
     feature_fps: float | None,
     workers: int,
+    backend: str | Backend = "decord",
 ) -> None:
     "Raises `DataError` for settings that nothing can be extracted with."
+    Backend.of(backend).check(workers)
     if not views or (odd := [view for view in views if view not in ("full", "hand")]):
         raise DataError(f"views={list(views)}: " + (f"{odd[0]!r} is neither 'full' nor 'hand'" if views else "name 'full', 'hand' or both"))
     if feature_fps is not None and not feature_fps > 0:
@@ -743,6 +757,7 @@ class _Video:
     def take(self, part: Clip | Failed) -> None:
         if isinstance(part, Clip):
             self.clips.append(part)
+            self.report.note_aspect(self.task.video_id, part.aspect)
             self.report.whole_frames += sum(int((rows < 0).sum()) for rows in part.rows.values())
         else:
             self.failed[part.segment_id], self.tried[part.segment_id] = part.cause, part.origin
@@ -898,7 +913,7 @@ def extract(
     boxes: HandBoxes | None = None,  # for the hand view; None: whole frames
     feature_fps: float | None = None,  # frames per second to store; None: every frame, as released
     workers: int = 1,  # decoding processes; 0: decode in this one
-    backend: str = "decord",  # or "pyav"
+    backend: str | Backend = "decord",
     batch_size: int = 64,  # frames encoded at once
     timeout: float = 120.0,  # seconds without a frame after which a video is given up
     whole_files: bool = False,  # a segment is its whole file, whatever its times say
@@ -915,7 +930,7 @@ def extract(
     if not any(os.path.exists(path) for path in segments.video_path.unique()):
         raise DataError(f"none of the {segments.video_path.nunique():,} videos is there, the first should be {segments.video_path.iloc[0]}: "
                         f"see data/README.md for where they are expected")
-    check_extraction(views, feature_fps, workers)
+    check_extraction(views, feature_fps, workers, backend)
     clip_frames = {e.clip_frames for e in encoders}
     if len(clip_frames) > 1:
         raise DataError(f"these encoders read clips of {' and '.join(map(str, sorted(clip_frames)))} frames: extract for one after the other")
@@ -962,7 +977,7 @@ class ExtractConfig:
     workers: int | None = None  # decoding processes; None: one less than there are cores, at least 1
     world: int = 1  # parts that the videos are extracted in, each by a process of its own
     rank: int | None = None  # which part this is, from 0
-    backend: str = "decord"  # or "pyav"
+    backend: str | Backend = "decord"  # what reads videos: see `Backend`
     batch_size: int = 64  # frames encoded at once
     timeout: float = 120.0  # seconds without a decoded frame after which a video is given up
     device: str | None = None  # None: a GPU where there is one

@@ -40,7 +40,7 @@ from .hands import HandBoxes
 from .pixels import Preprocess
 from .segments import read_segments
 from .streams import Batch, ahead
-from .video import DecodePool, Item, decoder_version
+from .video import Backend, DecodePool, Item, decoder_version
 
 # %% ../nbs/21_frames.ipynb #65caacd6
 def _header(segments: dict[str, int], count: int, side: int, sha256: str = "0" * 64, origins: Mapping[str, Origin] | None = None) -> bytes:
@@ -62,7 +62,7 @@ class ShardWriter:
                  side: int,  # S, pixels
                 ):
         self.file, self.side, self.count, self.digest = file, side, 0, hashlib.sha256()
-        self.longest = dict.fromkeys(segments, Origin(" " * 48, " " * 48))  # as room for them is left
+        self.longest = dict.fromkeys(segments, Origin(" " * 48, " " * 48, " " * 80))  # as room for them is left
         self.room = -(-len(_header(dict.fromkeys(self.longest, 10**9), 10**9, side, origins=self.longest)) // 8) * 8
         file.write(self.room.to_bytes(8, "little") + b" " * self.room)
 
@@ -241,7 +241,7 @@ def _open_folder(folder: Path, manifest: dict) -> FrameStore:
     if not (folder / "manifest.json").exists():
         write_json(folder / "manifest.json", manifest)
     store = FrameStore(folder)
-    if other := [k for k in manifest if store.manifest.get(k) != manifest[k]]:
+    if other := [k for k in manifest if store.manifest.get(k) != manifest[k] and k != "decoder"]:  # all decoders give the same frames
         raise DataError(f"{folder} was made with other settings ({'; '.join(f'{k}: {store.manifest.get(k)}, now {manifest[k]}' for k in other)}): "
                         f"choose another features_root, or delete that folder")
     remove_leftovers(folder)
@@ -332,6 +332,7 @@ def _store_video(task: ClipTask, items: Iterator[Item], store: FrameStore, repor
         report.frames += writer.count - first
     _remove_outdated(task, store, {c.segment_id for c in clips}, {i for i in failed if file_size(paths[i]) is not None})
     report.extracted += len(clips)
+    for clip in clips[:1]: report.note_aspect(task.video_id, clip.aspect)
     report.failed |= failed
     store.failure_log.add({i: dict(segment_id=i, video_id=task.video_id, video_path=paths[i], cause=cause, bytes=file_size(paths[i]),
                                    **(tried[i]._asdict() if i in tried else {})) for i, cause in failed.items()}, [c.segment_id for c in clips])
@@ -355,7 +356,7 @@ def store_frames(
     boxes: HandBoxes | None = None,  # for the hand view; None: whole frames
     feature_fps: float | None = 8.0,  # frames per second to store; None: every frame
     workers: int = 1,  # decoding processes; 0: decode in this one
-    backend: str = "decord",  # or "pyav"
+    backend: str | Backend = "decord",
     timeout: float = 120.0,  # seconds without a frame after which a video is given up
     whole_files: bool = False,  # a segment is its whole file, whatever its times say
     progress: bool = True,
@@ -365,7 +366,7 @@ def store_frames(
         raise DataError(f"none of the {segments.video_path.nunique():,} videos is there, the first should be {segments.video_path.iloc[0]}: "
                         f"see data/README.md for where they are expected")
     begin, report, folder = time.perf_counter(), ExtractReport(segments), Path(folder)
-    check_extraction([view], feature_fps, workers)
+    check_extraction([view], feature_fps, workers, backend)
     if not (folder / "manifest.json").exists():
         _check_room(folder, {} if whole_files else {v: list(rows.itertuples()) for v, rows in segments.groupby("video_id")}, preprocess.size, feature_fps)
     resize = "shortest" if view == "hand" else preprocess.resize

@@ -39,7 +39,7 @@ from .hands import Box, HandBoxes, HandDetector, on_frame
 from .streams import Batch
 from .config import PIXELS, TrainConfig, build_method, reads_context, resolve_saved, text_tower
 from .training import check_shapes, load_trained
-from .video import VideoInfo, frame_indices, iter_frames, probe
+from .video import Backend, VideoInfo, frame_indices, iter_frames, probe
 
 # %% ../nbs/28_recognizer.ipynb #d3513df4
 def _best_pairs(
@@ -435,7 +435,7 @@ def _card(name: str, encoder: Encoder, adapters: dict[str, TrainConfig], known: 
                                 *terms, "The encoder's weights have their own licence."])]) + "\n"
 
 # %% ../nbs/28_recognizer.ipynb #122d45c8
-def _notes(boxes: list[Box | None], origin: str, zero_shot: list[str], encoder: Encoder, rendered: bool) -> list[str]:
+def _notes(boxes: list[Box | None], origin: str, zero_shot: list[str], encoder: Encoder, rendered: bool, info: VideoInfo) -> list[str]:
     boxed = sum(box is not None for box in boxes)
     if boxed: notes = [f"hand crops in {boxed} of {len(boxes)} frames, {origin}"]
     elif origin == "as given": notes = ["no hand boxes for these frames among those given: whole frames in place of hand crops"]
@@ -444,6 +444,7 @@ def _notes(boxes: list[Box | None], origin: str, zero_shot: list[str], encoder: 
     notes += [f"{kind}s without a trained adapter: zero-shot" for kind in zero_shot]
     if encoder.weights == "random":
         notes.append("RANDOM encoder weights: the answer means nothing")
+    if info.stretched: notes.append(info.stretched)
     if rendered:
         notes.append("trained on rendered videos: of a real one the answer means nothing")
     return notes
@@ -570,7 +571,7 @@ class Recognizer:
                 start: float | None = None,  # seconds; None: from the beginning
                 stop: float | None = None,  # seconds; None: to the end
                 boxes: HandBoxes | HandDetector | None = None,  # with the video's file name (without ending) as segment and video id, or what finds them
-                backend: str = "decord",
+                backend: str | Backend = "decord",
                ) -> Recognition:
         "Recognises one stretch of a video. Raises `DataError` for names and times that cannot be, `VideoError` for frames that cannot be read."
         return next(self.predict_along(video, nouns, verbs, top, None, start, stop, boxes, backend))
@@ -584,7 +585,7 @@ class Recognizer:
                       start: float | None = None,
                       stop: float | None = None,
                       boxes: HandBoxes | HandDetector | None = None,
-                      backend: str = "decord",
+                      backend: str | Backend = "decord",
                      ) -> Iterator[Recognition]:
         "Recognises one stretch after the other, as `predict` does, and decodes each frame once. In memory are the frames of about two stretches."
         classes = self._checked(nouns, verbs, top)
@@ -623,7 +624,7 @@ class Recognizer:
         return {self._config(kind).frames for kind in classes}
 
     def _read(self, video: str | Path, stretches: list, classes: dict[str, ClassSet], top: int, boxes: Any, info: VideoInfo,
-              backend: str) -> Iterator[Recognition]:
+              backend: str | Backend) -> Iterator[Recognition]:
         wanted = [np.unique(np.concatenate(list(looked.values()))) for _, looked in stretches]
         images: dict[int, np.ndarray] = {}
         done = 0
@@ -669,7 +670,7 @@ class Recognizer:
             plain[kind] = pd.DataFrame(dict(name=[names.names[i] for i in other], score=without[other]))
         first = frames[self._config(next(iter(classes))).frames]
         notes = _notes(first.boxes, _origin(boxes), [kind for kind in classes if kind not in self.methods], self.encoder,
-                       any(_rendered(self.configs[kind]) for kind in classes if kind in self.methods))
+                       any(_rendered(self.configs[kind]) for kind in classes if kind in self.methods), info)
         methods = {kind: self._config(kind).method if kind in self.methods else "zero_shot" for kind in classes}
         return Recognition(tables.get("noun"), tables.get("verb"), segment.start_sec, segment.stop_sec, first.numbers, notes, first.boxes, methods, plain,
                            first.picture())

@@ -28,7 +28,7 @@ from .clips import frames_between
 from .files import DataError, brief, check_output, whole_file
 from .hands import HandBoxes, HandDetector
 from .recognizer import Recognition, Recognizer
-from .video import LENIENT, VideoError, VideoInfo, _container, _stamps_of, iter_frames, probe
+from .video import LENIENT, Backend, VideoError, VideoInfo, _container, _stamps_of, iter_frames, probe
 
 # %% ../nbs/29_timeline.ipynb #d812fb43
 @dataclass
@@ -67,7 +67,7 @@ class Timeline:
 
     def annotate(self,
                  path: str | Path,  # .mp4
-                 backend: str = "decord",
+                 backend: str | Backend = "decord",
                  overwrite: bool = False,  # whether a file that exists may be overwritten
                 ) -> None:
         """Writes the recognised part of the video, with its sound, the answers, and the hand boxes of the frames that were looked at.
@@ -86,7 +86,7 @@ def timeline(
     start: float | None = None,  # seconds; None: from the beginning
     stop: float | None = None,  # seconds; None: to the end
     boxes: HandBoxes | HandDetector | None = None,  # as in `Recognizer.predict`
-    backend: str = "decord",
+    backend: str | Backend = "decord",
 ) -> Timeline:
     "Recognises a video stretch by stretch; each frame is decoded once."
     return Timeline(str(video), list(recognizer.predict_along(video, nouns, verbs, top, every, start, stop, boxes, backend)))
@@ -282,7 +282,7 @@ def _sound(source: Any, tracks: dict[int, _Track]) -> Iterator[tuple[float, av.P
 _TICKS = 60_000  # in a second
 
 
-def _pictures(line: Timeline, stream: Any, times: np.ndarray, shown: np.ndarray, begin: float, backend: str) -> Iterator[tuple[float, av.Packet]]:
+def _pictures(line: Timeline, stream: Any, times: np.ndarray, shown: np.ndarray, begin: float, backend: str | Backend) -> Iterator[tuple[float, av.Packet]]:
     "The frames of the stretches, drawn and encoded; `begin` is what the times of the output are ahead of `times`."
     owner, done = np.searchsorted([a.stop for a in line.answers], times[shown], "right").clip(max=len(line.answers) - 1), 0
     stamps = np.round((begin + times) * _TICKS).astype(int)
@@ -311,7 +311,7 @@ def _span(line: Timeline, info: VideoInfo) -> tuple[np.ndarray, tuple[float, flo
     return np.arange(first, behind), None if whole else (info.times[first], info.times[behind] if behind < info.frames else info.end)
 
 # %% ../nbs/29_timeline.ipynb #3d133a7b
-def _annotate(line: Timeline, path: str | Path, backend: str, overwrite: bool) -> None:
+def _annotate(line: Timeline, path: str | Path, backend: str | Backend, overwrite: bool) -> None:
     if not Path(line.video).exists():
         raise DataError(f"{line.video}: no such file; only a video that can be read again can be written with its answers")
     if Path(path).suffix.lower() != ".mp4":

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MOST_PIXELS', 'MOST_FRAMES', 'LONGEST', 'LENIENT', 'PLAIN', 'frame_indices', 'VideoError', 'WorkerKilled',
-           'out_of_memory', 'decoder_version', 'VideoInfo', 'probe', 'frame_times', 'read_frames', 'iter_frames',
-           'Item', 'DecodePool']
+           'out_of_memory', 'OpenVideo', 'Backend', 'decoder_version', 'VideoInfo', 'probe', 'frame_times',
+           'read_frames', 'iter_frames', 'Item', 'DecodePool']
 
 # %% ../nbs/04_video.ipynb #05680aa1
 import errno
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -20,8 +21,8 @@ import threading
 import time
 import traceback
 from collections import deque
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -35,9 +36,9 @@ import av
 import numpy as np
 from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
-from PIL import Image
+from PIL import Image, ImageOps
 
-from .files import DataError
+from .files import DataError, brief, code_file, code_name, code_sha256, is_code, load_code
 
 # %% ../nbs/04_video.ipynb #8fe70920
 def frame_indices(
@@ -91,6 +92,46 @@ def out_of_memory(
             return True
         error = error.__cause__ or error.__context__
     return False
+
+# %% ../nbs/04_video.ipynb #3b0e51c2
+class OpenVideo:
+    "One open video, whatever reads it."
+
+    path: str
+    name: str  # of what reads it
+    times: np.ndarray  # (N,) seconds from the file's start
+    end: float  # seconds from the file's start when the last frame disappears
+    broken = ""  # why the file cannot be read to its end; empty if it can
+    folder = False  # a folder of frames
+    fps_known = True  # whether the rate is said anywhere, or assumed
+
+    @property
+    def frames(self) -> int:
+        return len(self.times)
+
+    def read(self, indices: list[int]) -> np.ndarray:  # (n, H, W, 3) uint8
+        "Frames by increasing indices. Raises `VideoError`."
+        raise NotImplementedError
+
+    def close(self) -> None: pass
+
+    def rate_and_aspect(self) -> tuple[float, float]:
+        return _rate_and_aspect(self.path, self.times)
+
+    @property
+    def info(self) -> "VideoInfo":
+        "What has to be known of it; decodes a frame."
+        places = sorted({0, self.frames // 2, self.frames - 1})
+        for place in places:
+            try:
+                height, width = self.read([place]).shape[1:3]
+                break
+            except VideoError:
+                if place == places[-1]:
+                    raise
+        rate, aspect = self.rate_and_aspect()
+        end = self.end if abs(self.end - self.times[0] - self.frames / rate) > 0.5 / rate else None
+        return VideoInfo(self.frames, rate, width, height, self.folder, aspect, self.name, self.times, end, self.fps_known)
 
 # %% ../nbs/04_video.ipynb #19c14fef
 _DECODER_ERRORS = (av.error.FFmpegError, OSError, RuntimeError, IndexError, MemoryError)
@@ -226,7 +267,7 @@ def _upright(
     return image[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
 
 # %% ../nbs/04_video.ipynb #2acdb43b
-class _PyAVReader:
+class _PyAVReader(OpenVideo):
     "One open video, read with PyAV."
 
     name = "pyav"
@@ -235,7 +276,7 @@ class _PyAVReader:
         self.path, self.at, self.to_rgb, self.counts = path, -1, VideoReformatter(), False
         self.decoding: Any = None  # or the frames that follow
         self.stamps = _stamps_of(path)
-        self.frames, self.times, self.end, self.broken = len(self.stamps.shown), self.stamps.times, self.stamps.end, self.stamps.broken
+        self.times, self.end, self.broken = self.stamps.times, self.stamps.end, self.stamps.broken
         self._begin()
 
     def _begin(self) -> None:
@@ -366,7 +407,7 @@ def _decord() -> Any:  # a module
     return decord
 
 
-class _DecordReader:
+class _DecordReader(OpenVideo):
     "One open video, read with decord. Raises `VideoError` if decord cannot open it, or would give other frames than PyAV."
 
     name = "decord"
@@ -377,9 +418,9 @@ class _DecordReader:
         if stamps.broken or not re.search("mp4|matroska", stamps.kind):
             raise VideoError(path, "decord does not read files that are cut short, or of this kind")
         self.reader = self._open()
-        self.frames, self.times, self.end, self.broken = len(self.reader), stamps.times, stamps.end, ""
+        self.times, self.end = stamps.times, stamps.end
         keys = np.searchsorted(stamps.shown, stamps.keys)
-        if not (self.frames == len(stamps.shown) and keys[0] == 0
+        if not (len(self.reader) == self.frames and keys[0] == 0
                 and np.array_equal(self.reader.get_key_indices(), keys)
                 and np.allclose(self.reader.get_frame_timestamp(range(self.frames))[:, 0], self.times - self.times[0], atol=2e-3)
                 and _first_matrix(path) == PLAIN):
@@ -400,7 +441,7 @@ class _DecordReader:
         self.reader = self.reader or self._open()
         frames = self._batch(indices)
         if frames is None or len(frames) != len(indices):
-            with _reader(self.path, "pyav", indices) as other:
+            with Backend("pyav").open(self.path, indices) as other:
                 frames = other.read(indices)
         return frames
 
@@ -444,18 +485,18 @@ def _first_line(error: Exception) -> str:
     return re.sub(r"\[\d\d:\d\d:\d\d\] \S+: ", "", str(error)).strip().split("\n")[0][:200]
 
 # %% ../nbs/04_video.ipynb #f174d867
-class _FolderReader:
+class _FolderReader(OpenVideo):
     "A folder of extracted frames."
 
-    name, broken = "images", ""
+    name, folder = "images", True
 
-    def __init__(self, path: str, fps: float):
-        self.path = path
-        self.frames = _last_number(path, os.stat(path).st_mtime_ns)
-        self.times = np.arange(self.frames) / fps
-        self.end = self.frames / fps
+    def __init__(self, path: str, fps: float | None):
+        self.path, self.fps, self.fps_known = path, fps or 60.0, fps is not None
+        self.times = np.arange(_last_number(path, os.stat(path).st_mtime_ns)) / self.fps
+        self.end = self.frames / self.fps
 
-    def close(self) -> None: pass
+    def rate_and_aspect(self) -> tuple[float, float]:
+        return self.fps, 1.0
 
     def read(self, indices: list[int]) -> np.ndarray:
         images = []
@@ -482,58 +523,215 @@ def _last_number(path: str, changed: int) -> int:
         raise VideoError(path, f"a frame has the number {max(numbers):,}, and no video is that long")
     return max(numbers)
 
-# %% ../nbs/04_video.ipynb #f30e1046
-_idle: dict[tuple, Any] = {}  # the reader used last, by process, backend and file
-
-
-@contextmanager
-def _reader(path: str | Path, backend: str, indices: Sequence[int] | np.ndarray = (), fps: float = 60.0) -> Iterator[Any]:
-    "An open video. Raises `VideoError` if it cannot be opened, or does not have these frames."
-    path, backend = str(path), _backend(backend)
-    if not os.path.exists(path):
-        raise VideoError(path, "no such file", indices)
-    folder, file = os.path.isdir(path), os.stat(path)
-    if not folder and file.st_size == 0:
-        raise VideoError(path, "the file is empty", indices)
-    key = os.getpid(), backend, path, file.st_size, file.st_mtime_ns, fps
-    video = _idle.pop(key, None)
-    if video is None:
-        video = _FolderReader(path, fps) if folder else _opened(path, backend)
+# %% ../nbs/04_video.ipynb #5d7c1a90
+def _torchcodec() -> Any:  # a module
+    "`DataError` where it is not installed, or finds no FFmpeg."
     try:
-        if outside := [i for i in indices if not 0 <= i < video.frames]:
-            raise VideoError(path, f"it has frames 0 to {video.frames - 1}{video.broken}", outside)
-        yield video
-    except BaseException:
-        video.close()
-        raise
-    for other in [k for k in list(_idle) if k[0] == os.getpid()]:
-        if (before := _idle.pop(other, None)) is not None: before.close()
-    _idle[key] = video
+        return importlib.import_module("torchcodec.decoders")
+    except ModuleNotFoundError:
+        raise DataError("backend='torchcodec' needs the package torchcodec, which is not installed here: pip install torchcodec, or choose 'decord' or 'pyav'") from None
+    except Exception as e:
+        raise DataError(f"torchcodec cannot be loaded here ({type(e).__name__}): it needs FFmpeg's libraries in a version that it knows, and the torch that it was "
+                        "made for; or choose 'decord' or 'pyav'") from e
 
 
-def _opened(path: str, backend: str) -> Any:
-    "A file's reader: decord where it gives the right frames of it."
-    if backend == "decord":
+class _TorchCodecReader(OpenVideo):
+    "One open video, read with torchcodec. Raises `VideoError` if it cannot open it, or would give other frames than PyAV."
+
+    name = "torchcodec"
+
+    def __init__(self, path: str):
+        self.path, stamps, module = path, _stamps_of(path), _torchcodec()
+        self.times, self.end = stamps.times, stamps.end
+        if stamps.broken or stamps.repeated:
+            raise VideoError(path, "torchcodec does not read files that are cut short, or whose time stamps are repeated")
         try:
-            return _DecordReader(path)
-        except VideoError as e:
+            self.decoder = module.VideoDecoder(path, dimension_order="NHWC", seek_mode="exact")
+            at = np.array([self.decoder.get_frame_at(i).pts_seconds for i in (0, self.frames - 1)]) if len(self.decoder) == self.frames else np.zeros(2)
+        except Exception as e:
             if out_of_memory(e):
                 raise
-    return _PyAVReader(path)
+            raise VideoError(path, f"torchcodec cannot open it ({brief(_first_line(e), 200)})") from e
+        some = sorted({0, self.frames // 2, self.frames - 1})
+        if not (len(self.decoder) == self.frames and np.allclose(np.diff(at), self.times[-1] - self.times[0], atol=2e-3) and self._as_pyav(some)):
+            raise VideoError(path, "torchcodec would give other frames of this file")
+
+    def _as_pyav(self, indices: list[int]) -> bool:
+        with closing(_PyAVReader(self.path)) as other:
+            return np.array_equal(self._batch(indices), other.read(indices))
+
+    def _batch(self, indices: list[int]) -> np.ndarray:
+        return self.decoder.get_frames_at(indices).data.numpy()
+
+    def read(self, indices: list[int]) -> np.ndarray:
+        try:
+            return self._batch(indices)
+        except Exception as e:
+            if out_of_memory(e):
+                raise
+        with Backend("pyav").open(self.path, indices) as other:
+            return other.read(indices)
+
+# %% ../nbs/04_video.ipynb #6e1f27b5
+class _OwnVideo(OpenVideo):
+    "One open video, read with code of one's own."
+
+    def __init__(self, path: str, decoder: Any, name: str):
+        self.path, self.name = path, name
+        self.video = self._asked("opened", lambda: decoder.open(path))
+        self.times = np.asarray(self._asked("read", lambda: self.video.times), float)
+        if self.times.ndim != 1 or not len(self.times) or not np.isfinite(self.times).all() or (np.diff(self.times) < 0).any():
+            raise VideoError(path, f"{name} gives no times that increase, one for each frame")
+        self.rate = self._number("fps", (len(self.times) - 1) / max(self.times[-1] - self.times[0], 1e-9) or 25.0)
+        self.end = max(self._number("end", self.times[-1] + 1 / self.rate), float(self.times[-1]))
+        self.aspect = self._number("aspect", 1.0)
+
+    def _asked(self, what: str, ask: Callable[[], Any], indices: Iterable[int] = ()) -> Any:
+        "`VideoError` for whatever goes wrong in that code."
+        try:
+            return ask()
+        except Exception as e:
+            if out_of_memory(e) or isinstance(e, VideoError):
+                raise
+            raise VideoError(self.path, f"it cannot be {what} by {self.name} ({type(e).__name__}: {brief(_first_line(e), 200)})", indices) from e
+
+    def _number(self, name: str, default: float) -> float:
+        value = getattr(self.video, name, None)
+        if value is not None and not (isinstance(value, (int, float)) and 0 < value < LONGEST):
+            raise VideoError(self.path, f"{self.name} gives {name}={brief(repr(value))}, which is no number above 0")
+        return float(default if value is None else value)
+
+    def close(self) -> None:
+        getattr(self.video, "close", lambda: None)()
+
+    def rate_and_aspect(self) -> tuple[float, float]:
+        return self.rate, self.aspect
+
+    def read(self, indices: list[int]) -> np.ndarray:
+        frames = np.asarray(self._asked("read", lambda: self.video.read(list(indices)), indices))
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or len(frames) != len(indices) or 0 in frames.shape:
+            raise VideoError(self.path, f"{self.name} gives {frames.dtype} of shape {frames.shape} for {len(indices)} frames, "
+                             f"not uint8 of shape ({len(indices)}, height, width, 3)", indices)
+        return frames
+
+# %% ../nbs/04_video.ipynb #f30e1046
+_idle: dict[tuple, Any] = {}  # the video read last, by process, backend and file
+_READERS: dict[str, Callable[[str], OpenVideo]] = {"decord": _DecordReader, "pyav": _PyAVReader, "torchcodec": _TorchCodecReader}
 
 
-def _backend(name: str) -> str:
-    if name not in ("decord", "pyav"):
-        raise DataError(f"backend is 'decord' or 'pyav', not {name!r}")
-    return "pyav" if find_spec("decord") is None else name
+@dataclass(frozen=True)
+class Backend:
+    "How videos are opened. Raises `DataError` for a decoder that is not there."
+
+    decoder: Any = "decord"  # of files: "decord", "pyav", "torchcodec", code of one's own as "path/to/file.py:Name", or an object with `open(path)`
+    fps: float | None = None  # frames per second of a folder of frames, which does not tell; None: 60
+
+    def __post_init__(self):
+        if isinstance(self.decoder, str) and is_code(self.decoder): code_file(self.decoder)
+        elif isinstance(self.decoder, str) and self.decoder not in _READERS or not isinstance(self.decoder, str) and not hasattr(self.decoder, "open"):
+            raise DataError(f"backend is 'decord', 'pyav' or 'torchcodec', code of your own as 'path/to/file.py:Name', or an object with open(path), "
+                            f"not {brief(repr(self.decoder))}")
+        if self.decoder == "torchcodec" and find_spec("torchcodec") is None: _torchcodec()
+        if self.fps is not None and not 0 < self.fps < 1e6:
+            raise DataError(f"fps={self.fps} must be a number of frames per second above 0")
+
+    @classmethod
+    def of(cls,
+           given: Any,  # a `Backend`, or what its `decoder` may be
+          ) -> "Backend":
+        "The backend that something stands for."
+        return given if isinstance(given, cls) else cls(given)
+
+    @property
+    def name(self) -> str:
+        "What reads files on this machine."
+        if self.decoder == "decord" and find_spec("decord") is None:
+            return "pyav"
+        return self.decoder if isinstance(self.decoder, str) else getattr(self.decoder, "name", None) or type(self.decoder).__qualname__
+
+    def describe(self) -> str:
+        "The same with versions; of code of one's own, with a hash of its file."
+        return _with_version(self.name)
+
+    def reader_of(self,
+                  info: "VideoInfo",  # of a video that it has opened
+                 ) -> str:  # at most 80 characters of ASCII
+        "What read a video, with versions, for the records."
+        said = self.describe() if info.reader == self.name else _with_version(info.reader)
+        return re.sub(r'[^ -~]|["\\\\]', "?", said)[:80]
+
+    def check(self,
+              workers: int = 0,  # decoding processes
+             ) -> None:
+        "`DataError` for a decoder of one's own that is none, or that workers could not import. Runs the file that it names."
+        if self.decoder == "torchcodec": _torchcodec()
+        elif not (isinstance(self.decoder, str) and self.decoder in _READERS): self._own()
+        if workers and not isinstance(self.decoder, str) and type(self.decoder).__module__ == "__main__":
+            raise DataError(f"backend: {self.name} must lie in a module that decoding workers can import; or name it as 'path/to/file.py:Name', or use workers=0")
+
+    def _own(self) -> Any:
+        made = load_code(self.decoder) if isinstance(self.decoder, str) else self.decoder
+        made = made() if isinstance(made, type) else made
+        if not callable(getattr(made, "open", None)):
+            raise DataError(f"backend={brief(self.decoder)!r} has no method open(path)")
+        return made
+
+    @contextmanager
+    def open(self,
+             path: str | Path,  # a video file, or a folder of frames
+             indices: Sequence[int] | np.ndarray = (),  # frames that it must have, counted from 0
+            ) -> Iterator[OpenVideo]:
+        "An open video. Raises `VideoError` if it cannot be opened, or does not have these frames."
+        path = str(path)
+        if not os.path.exists(path):
+            raise VideoError(path, "no such file", indices)
+        file = os.stat(path)
+        if not os.path.isdir(path) and file.st_size == 0:
+            raise VideoError(path, "the file is empty", indices)
+        key = os.getpid(), self.name, isinstance(self.decoder, str) or id(self.decoder), path, file.st_size, file.st_mtime_ns, self.fps
+        video = _idle.pop(key, None) or self._open(path)
+        try:
+            if outside := [i for i in indices if not 0 <= i < video.frames]:
+                raise VideoError(path, f"it has frames 0 to {video.frames - 1}{video.broken}", outside)
+            yield video
+        except BaseException:
+            video.close()
+            raise
+        for other in [k for k in list(_idle) if k[0] == os.getpid()]:
+            if (before := _idle.pop(other, None)) is not None: before.close()
+        _idle[key] = video
+
+    def _open(self, path: str) -> OpenVideo:
+        "A folder of frames, or a file: by what was chosen where that gives the right frames, else by PyAV."
+        if os.path.isdir(path):
+            return _FolderReader(path, self.fps)
+        if self.name not in _READERS:
+            return _OwnVideo(path, self._own(), self.name)
+        try:
+            return _READERS[self.name](path)
+        except VideoError as e:
+            if self.name == "pyav" or out_of_memory(e):
+                raise
+        return _PyAVReader(path)
+
+    def for_long_runs(self) -> "Backend":
+        "What reads more frames than are held at once."
+        return replace(self, decoder="pyav") if self.name == "decord" else self
+
+
+def _with_version(name: str) -> str:
+    "What reads a video, by its name, with versions."
+    pyav = f"PyAV {version('av')}"
+    if name == "decord": return f"decord {version('decord')}, long runs by {pyav}"
+    if is_code(name): return f"{code_name(name)}, SHA-256 {code_sha256(name)[name][:16]}"
+    return {"pyav": pyav, "torchcodec": "torchcodec " + (version("torchcodec") if name == "torchcodec" else "")}.get(name, name)
 
 
 def decoder_version(
-    backend: str = "decord",
+    backend: str | Backend = "decord",
 ) -> str:
     "What reads the frames on this machine, with versions."
-    pyav = f"PyAV {version('av')}"
-    return pyav if _backend(backend) == "pyav" else f"decord {version('decord')}, long runs by {pyav}"
+    return Backend.of(backend).describe()
 
 # %% ../nbs/04_video.ipynb #8aff43d6
 @dataclass(frozen=True)
@@ -546,15 +744,21 @@ class VideoInfo:
     height: int
     folder: bool = False  # a folder of extracted frames
     aspect: float = 1.0  # width of a pixel divided by its height
-    reader: str = field(default="pyav", compare=False)  # "decord", "pyav", or "images"
+    reader: str = field(default="pyav", compare=False)  # what reads it: "decord", "pyav", "images" for a folder, …
     times: Any = field(default=None, compare=False, repr=False)  # (frames,) float array, seconds from the file's start; None: at `fps`, from 0
     end: Any = None  # float, seconds from the file's start when the last frame disappears; None: one interval after it appeared
+    fps_known: bool = field(default=True, compare=False)  # False: a folder of frames of which nothing tells the rate
 
     def __post_init__(self):
         if self.times is None:
             object.__setattr__(self, "times", np.arange(self.frames) / self.fps)
         if self.end is None:
             object.__setattr__(self, "end", float(self.times[0]) + self.frames / self.fps)
+
+    @property
+    def stretched(self) -> str:  # "" for square pixels
+        "What is to be said of pixels that are not square."
+        return "" if abs(self.aspect - 1) < 1e-3 else f"its pixels are {self.aspect:.4g} times as wide as they are high, and its frames are read as they are stored"
 
     @property
     def duration(self) -> float:  # seconds from the file's start to the end of its last frame
@@ -567,25 +771,12 @@ class VideoInfo:
 
 
 def probe(
-    path: str | Path,  # a video file, or a folder of frame_%010d.jpg
-    backend: str = "decord",
-    fps: float = 60.0,  # the rate of a folder of frames, which does not tell; a file does
+    path: str | Path,  # a video file, or a folder of frames
+    backend: str | Backend = "decord",
 ) -> VideoInfo:
     "Frames, rate and size of a video. Raises `VideoError` if it cannot be read at all."
-    with _reader(path, backend, fps=fps) as video:
-        places = sorted({0, video.frames // 2, video.frames - 1})
-        for place in places:
-            try:
-                height, width = video.read([place]).shape[1:3]
-                break
-            except VideoError:
-                if place == places[-1]:
-                    raise
-        if os.path.isdir(path):
-            return VideoInfo(video.frames, fps, width, height, True, reader=video.name)
-        rate, aspect = _rate_and_aspect(str(path), video.times)
-        end = video.end if abs(video.end - video.times[0] - video.frames / rate) > 0.5 / rate else None
-        return VideoInfo(video.frames, rate, width, height, False, aspect, video.name, video.times, end)
+    with Backend.of(backend).open(path) as video:
+        return video.info
 
 
 def _rate_and_aspect(
@@ -605,11 +796,10 @@ def _rate_and_aspect(
 
 def frame_times(
     path: str | Path,
-    backend: str = "decord",
-    fps: float = 60.0,  # as in `probe`
+    backend: str | Backend = "decord",
 ) -> np.ndarray:  # (frames,) seconds from the file's start
     "When each frame appears."
-    with _reader(path, backend, fps=fps) as video:
+    with Backend.of(backend).open(path) as video:
         return np.array(video.times)
 
 # %% ../nbs/04_video.ipynb #ededa199
@@ -621,13 +811,13 @@ def _wanted(indices: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def read_frames(
-    path: str | Path,  # a video file, or a folder of frame_%010d.jpg
+    path: str | Path,  # a video file, or a folder of frames
     indices: Sequence[int] | np.ndarray,  # (T,) counted from 0, in any order, repeats allowed
-    backend: str = "decord",  # or "pyav"
+    backend: str | Backend = "decord",
 ) -> np.ndarray:  # (T, H, W, 3) uint8, RGB, upright
     "Exactly these frames of a video. Raises `VideoError` if one of them cannot be had."
     frames, places = np.unique(_wanted(indices), return_inverse=True)
-    with _reader(path, backend, frames) as video:
+    with Backend.of(backend).open(path, frames) as video:
         return video.read(frames.tolist())[places]
 
 # %% ../nbs/04_video.ipynb #ccd834be
@@ -635,13 +825,14 @@ def iter_frames(
     path: str | Path,
     indices: Sequence[int] | np.ndarray,  # (N,) counted from 0, increasing
     chunk: int = 64,  # frames in each array
-    backend: str = "decord",  # for what fits into one chunk
+    backend: str | Backend = "decord",  # decord: for what fits into one chunk
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # (n,) indices and (n, H, W, 3) uint8 frames
     "Many frames of one video, in the memory of one chunk."
     wanted = _wanted(indices)
     if (np.diff(wanted) <= 0).any():
         raise DataError("iter_frames reads forward: the indices must increase")
-    with _reader(path, backend if len(wanted) <= chunk else "pyav", wanted) as video:
+    opener = Backend.of(backend) if len(wanted) <= chunk else Backend.of(backend).for_long_runs()
+    with opener.open(path, wanted) as video:
         for i in range(0, len(wanted), chunk):
             yield wanted[i:i + chunk], video.read(wanted[i:i + chunk].tolist())
 
