@@ -42,8 +42,7 @@ def test_every_frame():
 def test_folders_count_official_frames_from_one():
     frames = wanted_frames(info(fps=60.0, folder=True), segment(start=99.0, stop=100.0, start_frame=11, stop_frame=31))
     assert frames.tolist() == list(range(10, 30))  # whatever the seconds say
-    for start in (0, -1):
-        with pytest.raises(DataError, match="counted from 1"): wanted_frames(info(folder=True), segment(start_frame=start, stop_frame=31))
+    with pytest.raises(DataError, match="counted from 1"): wanted_frames(info(folder=True), segment(start_frame=0, stop_frame=31))
 
 
 def test_a_grid_of_the_video():

@@ -35,7 +35,7 @@ from xmic.frames import FrameShard, FrameStore, ShardWriter
 from xmic.hands import ARRAYS, Detections, HandBoxes, read_100doh, read_boxes, read_epic_hands, unpickle
 from xmic.lavila import LaViLaConfig, fit_weights, read_checkpoint, read_lavila
 from xmic.recognizer import _one_encoder, _saved
-from xmic.segments import COLUMNS, read_classes, read_csv, read_ego4d, read_egtea, read_epic
+from xmic.segments import COLUMNS, FOLDER_COLUMNS, read_classes, read_csv, read_ego4d, read_egtea, read_epic
 from xmic.config import TrainConfig
 from xmic.training import RunResult, Trainer, load_trained
 from xmic.video import DecodePool
@@ -470,7 +470,7 @@ CLASSES = "id,key\n0,onion\n1,pan\n"
 def own_table(folder: Path) -> pd.DataFrame:
     "As extraction will use it: every path is below the folder unless the table names it, and every shard is in its store."
     table = read_csv(folder)
-    assert list(table) == COLUMNS and (table.stop_sec > table.start_sec).all() and np.isfinite(table.stop_sec).all()
+    assert [c for c in table if c not in FOLDER_COLUMNS] == COLUMNS and (table.stop_sec > table.start_sec).all() and np.isfinite(table.stop_sec).all()
     for video in table.video_id:
         assert Path(os.path.normpath(folder / "videos" / video)).is_relative_to(folder)
         assert Path(os.path.normpath(folder / "store" / shard_name(video))).parent == folder / "store"

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from .classes import ClassSet
 from .evaluation import accuracy, mean_per_class
+from .names import visible
 from .files import DataError, check_trust, did_you_mean, from_root, read_json, settings
 from .paper import harmonic_mean, over_seeds
 from .segments import head_classes, read_classes, read_epic_tail, read_epic_unseen, read_segments
@@ -526,7 +527,7 @@ def tidy(
 ) -> pd.DataFrame:  # run, source, dataset, kind, measure, value, low, high, count, classes, settings, parameters, seconds, memory, commit, device
     "One row for each finished run, dataset, kind and measure, in per cent; the settings are SETTINGS and whatever else differs between runs."
     root = from_root(runs_root)
-    folders = sorted(path.parent for path in root.glob("*/metrics.json"))
+    folders = [path.parent for path in visible(root.glob("*/metrics.json"), root)]
     if not folders:
         raise DataError(f"{root}: no finished run in it; a finished run is a folder with metrics.json")
     configs = {folder: {k: _plain(v) for k, v in _config(folder).items() if not isinstance(v, dict)} for folder in folders}

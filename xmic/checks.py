@@ -26,8 +26,9 @@ from typing import Any, Iterable, Iterator, NamedTuple
 import numpy as np
 import pandas as pd
 
-from .clips import wanted_frames
+from .clips import first_number, wanted_frames
 from .experiments import ANNOTATIONS, PIXELS, TABLES, Profile, Store, cells, profile, runs
+from .names import VIDEO_ENDINGS, is_hidden, plain_name, visible
 from .files import DataError, brief, did_you_mean, expand, from_root, progress_bar, read_json, read_table
 from .hands import HandBoxes, read_100doh, read_boxes, read_epic_hands
 from .segments import (_EGO4D_FOLDERS, _EGTEA_FOLDERS, _EPIC_FOLDERS, _csv_path, _find, epic_frame_rate, read_classes, read_csv, read_epic_tail,
@@ -215,7 +216,7 @@ def right_root(
     if path.is_file():
         if dataset == "csv": return path.parent if path.name == "segments.csv" else path
         raise DataError(f"{path} is a file; give the folder of {NAMES[dataset]}, for example {path.parent}")
-    if not any(path.iterdir()):
+    if not visible(path.iterdir()):
         raise DataError(f"{path} is empty: data/README.md says how to get {NAMES[dataset]}, and how it lies in its folder")
     here = datasets_in(path)
     if dataset in here or dataset == "epic" and (path / "EPIC-KITCHENS").is_dir():
@@ -410,15 +411,13 @@ def _look(task: _Look) -> Iterator[VideoInfo]:
 
 
 def look_at(
-    videos: dict[str, float | None],  # path -> frames a second of a folder of frames, where that is known
+    videos: dict[str, str | Backend],  # path -> what reads it
     workers: int = 0,  # processes; 0: this one, without time limit
     timeout: float = 60.0,  # seconds for each
-    backend: str | Backend = "decord",
     progress: bool = True,
 ) -> tuple[dict[str, VideoInfo], dict[str, str]]:  # what is known of the sound ones, and what is wrong with the others
     "Opens videos and reads one or more of their frames."
-    chosen, infos, faults = Backend.of(backend), {}, {}
-    tasks = [_Look(path, replace(chosen, fps=chosen.fps or fps)) for path, fps in videos.items()]
+    tasks, infos, faults = [_Look(path, Backend.of(backend)) for path, backend in videos.items()], {}, {}
     with DecodePool(workers, timeout) as pool, progress_bar(len(tasks), "video", show=progress and bool(workers)) as bar:
         for item in pool.map(_look, tasks, ordered=False):
             path = tasks[item.task].path
@@ -428,11 +427,22 @@ def look_at(
     return infos, faults
 
 # %% ../nbs/36_checks.ipynb #be66cb0a
-def _frames_fault(path: str, last: int) -> str:
-    "What a folder of official frames lacks, from its first and its last wanted frame."
-    wanted = [1, max(1, last - 30)]
-    lacks = [f"frame_{n:010d}.jpg" for n in wanted if not os.path.exists(os.path.join(path, f"frame_{n:010d}.jpg"))]
+def _official_fault(path: str, last: int) -> str:
+    "What a folder of official frames lacks, from its first and its last wanted frame, without a list of all that is in it."
+    lacks = [name for n in (1, max(1, last - 30)) if not os.path.exists(os.path.join(path, name := f"frame_{n:010d}.jpg"))]
     return f"lack frames, such as {lacks[0]}" if lacks else ""
+
+
+def _frames_fault(path: str, backend: Backend, stop: int, numbered_from: int) -> str:
+    "What a folder of frames lacks: pictures in between, and the last that are wanted, but for half a second."
+    try:
+        with backend.open(path) as opened:
+            video: Any = opened
+            lacking, first, frames, name = video.lacking(), video.first, video.frames, video.missing.format
+    except DataError as e:
+        return f"lack frames: {_words(e, 200).removeprefix(f'{path}: ')}"
+    wanted = max(0, stop - numbered_from - 30)
+    return f"lack frames, such as {name(min([*lacking, wanted + first]))}" if lacking or wanted >= frames else ""
 
 
 def _videos(check: Check, found: _Found, thorough: bool, look: int, workers: int | None, timeout: float, backend: str | Backend, progress: bool) -> None:
@@ -441,12 +451,14 @@ def _videos(check: Check, found: _Found, thorough: bool, look: int, workers: int
     sizes = file_sizes(table.video_path.unique())
     last = table.groupby("video_path").stop_frame.max()
     faults = {p: "are not there" if n is None else "are empty files" for p, n in sizes.items() if not n}
-    faults |= {p: fault for p, n in sizes.items() if n == -1 and (fault := _frames_fault(p, int(last[p])))}
+    rows = {p: next(own.itertuples(index=False)) for p, own in table.groupby("video_path") if sizes[p] == -1}
+    listed = list(rows) if thorough or found.dataset != "epic" else list(rows)[:4 * look]
+    faults |= {p: fault for p, row in rows.items() if (fault := _frames_fault(p, Backend.of(backend).at(row), int(last[p]), first_number(row))
+                                                       if p in listed else _official_fault(p, int(last[p])))}
     sound = sorted((p for p in sizes if p not in faults), key=lambda p: sizes[p])
     chosen = sound if thorough or len(sound) <= 4 * look else sound[:look]
-    rate = dict(zip(table.video_path, table.video_id.map(epic_frame_rate))) if found.dataset == "epic" else {}
     workers = (max(1, (os.cpu_count() or 2) - 1) if workers is None else workers) if thorough else 0
-    found.infos, broken = look_at({p: rate.get(p) for p in chosen}, workers, timeout, backend, progress)
+    found.infos, broken = look_at({p: Backend.of(backend).at(rows[p]) if p in rows else backend for p in chosen}, workers, timeout, progress)
     faults |= dict.fromkeys(broken, "cannot be read")
     ends = _beyond(found, table)
     for split, own in found.segments.items():
@@ -459,7 +471,9 @@ def _beyond(found: _Found, table: pd.DataFrame) -> dict[str, str]:  # segment ->
     faults: dict[str, str] = {}
     if found.dataset == "egtea": return faults  # a segment is its whole file
     for row in table[table.video_path.isin(found.infos)].itertuples(index=False):
-        try: wanted_frames(found.infos[row.video_path], row, 1.0)
+        info = found.infos[row.video_path]
+        if not info.fps_known and row.start_frame == -1: continue
+        try: wanted_frames(info, row, 1.0 if info.fps_known else None)
         except DataError as e: faults[row.segment_id] = str(e)
     return faults
 
@@ -472,8 +486,8 @@ def _say_videos(check: Check, found: _Found, sizes: dict, faults: dict[str, str]
                  without_video={s: len(i) for s, i in found.lacking.items()})
     if not there:
         places = [p for p in (found.root.parent, found.root.parent.parent) if any((p / os.path.relpath(v, found.root)).exists() for v in islice(sizes, 50))]
-        todo = f"they are in {places[0]}: xmic check-data {found.dataset} {places[0]}" if places else fetch
         missing = [p for p, fault in faults.items() if fault == "are not there"]
+        todo = f"they are in {places[0]}: xmic check-data {found.dataset} {places[0]}" if places else _windows(missing) or _elsewhere(found, missing) or fetch
         check.add(section, "problem", f"Not one of the {len(sizes):,} videos can be used. The first should be {next(iter(sizes))}, and "
                   f"{'is not there' if missing else 'is unusable'}. Features that were extracted elsewhere can be trained on without videos.", todo, **facts)
     else:
@@ -486,7 +500,8 @@ def _say_videos(check: Check, found: _Found, sizes: dict, faults: dict[str, str]
         worst = max(hit[s] / len(t) for s, t in found.segments.items())
         text = f"{len(paths):,} of {len(sizes):,} {fault}: {_some(os.path.basename(p) for p in paths)}. Without them are {_shares(hit, found)}."
         if fault == "cannot be read": text += f" The first: {broken[paths[0]]}."
-        check.add(section, "problem" if worst > 0.01 else "warning", text, fetch if fault != "are not there" else _elsewhere(found, paths) or fetch)
+        if fault == "lack frames": text += f" The first: {faults[paths[0]].removeprefix('lack frames').lstrip(':, ')}."
+        check.add(section, "problem" if worst > 0.01 else "warning", text, fetch if fault != "are not there" else _windows(paths) or _elsewhere(found, paths) or fetch)
     if ends:
         check.add(section, "warning", f"{_count(len(ends), 'segment')} of the {_count(len(chosen), 'opened video')} {_are(len(ends), 'ends', 'end')} behind "
                   f"{_are(len(ends), 'its', 'their')} video, as if that were cut short: {_some(sorted(ends))}.", fetch, behind_the_end=sorted(ends))
@@ -495,6 +510,10 @@ def _say_videos(check: Check, found: _Found, sizes: dict, faults: dict[str, str]
         rest = "" if len(chosen) == len(there) + len(broken) else "; --thorough opens every one"
         said = [k if len(kinds) == 1 else f"{n} of {k}" for k, n in kinds.most_common()]
         check.add(section, "good", f"{_count(len(found.infos), 'video')} opened: {_some(said)}{rest}")
+    if found.dataset == "csv" and (unknown := [p for p, i in found.infos.items() if not i.fps_known]):
+        timed = found.all.video_path.isin(unknown) & (found.all.start_frame == -1)
+        check.add(section, "problem" if timed.any() else "note", f"Nothing tells the rate of {_count(len(unknown), 'folder')} of frames: {_some(map(os.path.basename, unknown))}. "
+                  f"Times, and extraction at fewer frames per second, need it.", "give it in a column fps of the CSV", rate_unknown=len(unknown))
     if odd := {p: i.aspect for p, i in found.infos.items() if i.stretched}:
         check.add(section, "note", f"{_count(len(odd), 'opened video')} {_are(len(odd), 'has', 'have')} pixels that are not square: "
                   f"{_some(f'{os.path.basename(p)} ({a:.4g} times as wide as high)' for p, a in odd.items())}. Frames are read as they are stored.",
@@ -512,13 +531,22 @@ def _shares(hit: dict[str, int], found: _Found) -> str:
     return " and ".join(f"{n:,} of {len(found.segments[s]):,} {s} segments ({n / len(found.segments[s]):.1%})" for s, n in hit.items() if n) or "no segments"
 
 
+_MEDIA_NAME = re.compile(rf"(?i)({'|'.join(map(re.escape, (*VIDEO_ENDINGS, '.tar')))})\b")
+
+
+def _windows(missing: list[str]) -> str:
+    "What is to be said of paths that only Windows can read."
+    odd = next((p for p in missing if re.search(r"[\\/][A-Za-z]:[\\/]", p) or "\\" in p), None) if os.name != "nt" else None
+    return f"video_path is a path of another computer, such as {os.path.basename(odd)}: write it from the folder of the CSV, as in videos/a.mp4" if odd else ""
+
+
 def _elsewhere(found: _Found, missing: list[str]) -> str:
     "Files that look like missing ones under other names, or in other folders."
-    plain = lambda name: re.sub(r"[^a-z0-9]", "", name.split(".")[0].lower())
+    plain = lambda name: re.sub(r"[\W_]", "", plain_name(name).split(".")[0].lower())
     folders = dict.fromkeys([*map(os.path.dirname, missing), *map(str, [found.root, *_below(found.root)])])
     files = {plain(name): os.path.join(folder, name) for folder in reversed(folders) for name in _listing(folder)
-             if re.search(r"(?i)\.(mp4|mkv|avi|webm|mov|m4v|tar)\b", name)}
-    seen = {path: files[plain(os.path.basename(path))] for path in missing if plain(os.path.basename(path)) in files}
+             if _MEDIA_NAME.search(name) and not is_hidden(name)}
+    seen = {path: files[key] for path in missing if (key := plain(os.path.basename(path))) and key in files}
     if not seen: return ""
     path, other = next(iter(seen.items()))
     word = "unpack it into a folder of its name" if other.endswith(".tar") else f"expected {os.path.relpath(path, found.root)}"
@@ -882,7 +910,7 @@ def fitting_encoders(
 
 def _weights(check: Check, path: Path, encoder: str | None) -> None:
     "Every file of weights in a folder, or one."
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _ENDINGS and p.is_file())
+    files = [path] if path.is_file() else [p for p in visible(path.iterdir()) if p.suffix.lower() in _ENDINGS and p.is_file()]
     if not files: raise DataError(f"{path}: no file of weights in it ({', '.join(_ENDINGS)})")
     for file in files: _weight_file(check, file, encoder)
 

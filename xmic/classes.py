@@ -7,6 +7,7 @@ __all__ = ['LONGEST_NAME', 'clean_epic', 'clean_ego4d', 'clean_egtea', 'ClassSet
 
 # %% ../nbs/01_classes.ipynb #c12d74ec
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -197,7 +198,7 @@ class ClassSet:
     @classmethod
     def from_names(cls, names: Iterable[str], kind: str = "noun") -> "ClassSet":
         "From your own names, used as they are but for spaces around them; `DataError` where one is empty or stands twice."
-        keys = _own_keys(names, kind)
+        keys = [unicodedata.normalize("NFC", key) for key in _own_keys(names, kind)]
         return cls(tuple(keys), tuple(keys), kind)
 
     def __len__(self) -> int:

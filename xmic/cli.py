@@ -97,23 +97,22 @@ def _names(given: Optional[str], kind: str) -> "ClassSet | None":
     raise DataError(f"--{kind}s {given}: no such file; give a file with a name in each line, or names with commas between them")
 
 # %% ../nbs/40_cli.ipynb #b84dfd42
-_VIDEOS = (".mp4", ".mkv", ".avi", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts")
-
-
 def videos(
     given: Iterable[str],  # files, folders of videos, folders of frames, streams
 ) -> list[str]:
     "Each video and stream, folders opened. Raises `DataError` for a folder without any."
-    found = []
+    from xmic.names import VIDEO_ENDINGS, Finder, is_video, numbered_pictures
+    found, finder = [], Finder()
     for one in given:
+        one = finder.find(one) or one
         path = Path(one)
-        if not path.is_dir() or next(path.glob("frame_*.jpg"), None):
+        inside = sorted(str(p) for p in path.iterdir() if is_video(p) and p.is_file()) if path.is_dir() else []
+        if not path.is_dir() or not inside and numbered_pictures(path):
             found.append(one)
             continue
-        inside = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in _VIDEOS and p.is_file())
         if not inside:
             from xmic.files import DataError
-            raise DataError(f"{one}: holds neither videos ({', '.join(_VIDEOS)}) nor frames (frame_0000000001.jpg and so on)")
+            raise DataError(f"{one}: holds neither videos ({', '.join(VIDEO_ENDINGS)}) nor frames (frame_0000000001.jpg and so on)")
         found += inside
     return found
 
@@ -147,7 +146,8 @@ def _boxes(given: Optional[str], gap: int, detector: Optional[str], model: Optio
 
 def _nameless(boxes: Any, video: str) -> str:
     "That ready boxes know nothing of a video, and why; empty where they do."
-    if getattr(boxes, "source", "") != "boxes" or Path(video).stem in boxes.segments: return ""
+    from xmic.names import plain_name
+    if getattr(boxes, "source", "") != "boxes" or plain_name(Path(video).stem) in boxes.segments: return ""
     return f"{boxes.place}: has no boxes of {Path(video).stem!r}; the first that it has are of {next(iter(boxes.segments), 'nothing')!r}"
 
 # %% ../nbs/40_cli.ipynb #fdbfa30e
@@ -273,7 +273,8 @@ def predict(
     annotated: Optional[Path] = typer.Option(None, "--video", metavar="PATH", help="Write the video, or the part from --start to --stop, with the answers "
                                              "in it: a file, or a folder for several."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Overwrite pages and annotated videos that exist. The videos given are never overwritten."),
-    fps: Optional[float] = typer.Option(None, min=0.1, metavar="NUMBER", help="Frames per second of a stream that does not say."),
+    fps: Optional[float] = typer.Option(None, min=0.1, metavar="NUMBER", help="Frames per second of a stream that does not say, or of a folder of frames."),
+    first_frame: Optional[int] = typer.Option(None, min=0, metavar="NUMBER", help="Number of the first frame in the names of a folder of frames; without it, 0 or 1."),
     backend: str = typer.Option("decord", metavar="NAME", help="What reads files: decord, pyav, torchcodec, or code of your own as reader.py:Name."),
     device: Optional[str] = typer.Option(None, metavar="NAME", help="cpu or cuda; without it a GPU where there is one."),
     trust_code: bool = typer.Option(False, "--trust-code", help="Run the code that the model's folder names. Read it first: without this, it is shown."),
@@ -281,7 +282,7 @@ def predict(
     "Recognise verbs, nouns and actions along videos or streams."
     from xmic.files import DataError, check_output
     from xmic.video import Backend
-    reads = Backend(backend)
+    reads = Backend(backend, fps, first_frame)
     reads.check()
     length, begin, end = (None if t in (None, "all") else seconds(t) for t in (every, start, stop))
     given = videos(video)
@@ -289,10 +290,12 @@ def predict(
     inputs = _inputs([*given, nouns, verbs, weights, boxes, detector_model], model)
     for place in filter(None, [*pages, *films]): check_output(place, inputs, overwrite, "--overwrite")
     ask = dict(nouns=_names(nouns, "noun"), verbs=_names(verbs, "verb"), top=top)
+    from xmic.timeline import Timeline, is_stream
+    if (fps or first_frame is not None) and not any(is_stream(one) or Path(one).is_dir() for one in given):
+        raise DataError("--fps and --first-frame are for streams and folders of frames; a video file says its own rate")
     if ask["nouns"] is None and ask["verbs"] is None:
         raise DataError("say what to recognise: --nouns, --verbs, or both")
     ask["boxes"] = _boxes(boxes, boxes_gap, detector, detector_model)
-    from xmic.timeline import Timeline, is_stream
     if annotated and (stream := next(filter(is_stream, given), None)):
         raise DataError(f"{stream}: the frames of a stream are gone once they are seen; --video needs a file")
     recognizer = _recognizer(model, encoder, weights, device, trust_code)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ROUNDED', 'WHOLE_FILE', 'ENDS', 'LARGEST_INDEX', 'READ_AT_ONCE', 'BYTES_AT_ONCE', 'TEST_FRAMES', 'frame_at',
-           'frames_between', 'wanted_frames', 'Origin', 'segment_span', 'span_now', 'video_identity', 'ClipTask',
-           'Pixels', 'Frames', 'Clip', 'Failed', 'overlapping', 'clip_pixels']
+           'frames_between', 'wanted_frames', 'first_number', 'Origin', 'segment_span', 'span_now', 'folder_rate',
+           'video_identity', 'ClipTask', 'Pixels', 'Frames', 'Clip', 'Failed', 'overlapping', 'clip_pixels']
 
 # %% ../nbs/13_clips.ipynb #d498297a
 import hashlib
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,6 +60,8 @@ def wanted_frames(
 ) -> np.ndarray:  # (N,) int64, increasing, counted from 0
     "The frames of a segment that are stored. Raises `DataError` if it lies outside its video."
     start, stop = (_frames_of_folder if info.folder else _frames_of_file)(info, segment)
+    if feature_fps and not info.fps_known:
+        raise DataError(f"segment {segment.segment_id}: {_NO_RATE}")
     if not feature_fps or feature_fps >= info.fps:
         return np.arange(start, stop)
     ends = info.times[[start, stop - 1]] * feature_fps
@@ -68,10 +71,24 @@ def wanted_frames(
     return grid if len(grid) else np.array([(start + stop - 1) // 2])
 
 
+_NO_RATE = "nothing tells the rate of its folder of frames: give it in a column fps, or as Backend(fps=...)"
+
+
+def first_number(
+    segment: Any,  # a row of the segments table
+) -> int:
+    "The number of the first frame where `start_frame` and `stop_frame` count: 1 in official lists, 0 in a CSV that does not say."
+    return max(int(getattr(segment, "first_frame", 1)), 0)
+
+
 def _frames_of_folder(info: VideoInfo, segment: Any) -> tuple[int, int]:
-    if segment.start_frame < 1:
-        raise DataError(f"segment {segment.segment_id}: a folder of frames needs official start_frame and stop_frame, counted from 1")
-    start, stop = int(segment.start_frame) - 1, int(segment.stop_frame) - 1
+    if segment.start_frame == -1:
+        if not info.fps_known: raise DataError(f"segment {segment.segment_id}: {_NO_RATE}; or give start_frame and stop_frame")
+        return _frames_of_file(info, segment)
+    first = first_number(segment)
+    if segment.start_frame < first:
+        raise DataError(f"segment {segment.segment_id}: start_frame is {segment.start_frame}, and the frames of a folder are counted from {first}")
+    start, stop = int(segment.start_frame) - first, int(segment.stop_frame) - first
     if start >= info.frames or stop > info.frames + max(2, round(info.fps / 2)):
         raise DataError(f"segment {segment.segment_id}: frames {start} to {stop - 1} are wanted, the video ends at {info.frames - 1} ({info.duration:.2f} s)")
     return start, min(max(stop, start + 1), info.frames)
@@ -99,21 +116,41 @@ WHOLE_FILE = "whole file"
 
 def segment_span(
     segment: Any,  # with start_sec and stop_sec, or start_frame and stop_frame
-    frames: bool = False,  # by frame numbers, as in a folder of frames
+    folder: bool = False,  # in a folder of frames: by frame numbers, where there are any
+    rate: float | None = None,  # frames per second, where it is not in the file
 ) -> str:
     "What chooses the frames of a segment, as text."
-    if frames:
-        return f"frames {int(segment.start_frame)} to {int(segment.stop_frame)}"
+    at = f" at {rate:.7g} a second" if rate else ""
+    if folder and segment.start_frame != -1:
+        first = first_number(segment)
+        return f"frames {int(segment.start_frame)} to {int(segment.stop_frame)}" + (f" from {first}" if first != 1 else "") + at
     start, stop = (f"{float(s):.6f}".rstrip("0").rstrip(".") for s in (segment.start_sec, segment.stop_sec))
-    return f"{start} to {stop} s"
+    return f"{start} to {stop} s{at}"
 
 
 def span_now(
     segment: Any,
     before: str,  # the span that was stored
+    sampled: bool = False,  # not every frame is stored, so that those of a folder depend on its rate
 ) -> str:
     "The span of a segment in the terms of an earlier one, to be compared with it."
-    return WHOLE_FILE if before == WHOLE_FILE else segment_span(segment, before.startswith("frames"))
+    if before == WHOLE_FILE: return before
+    said = _RATED.search(before)
+    folder = before.startswith("frames") or bool(said)
+    rate = folder_rate(segment) or (float(said[1]) if said else None) if said or sampled and folder else None
+    return segment_span(segment, folder, rate)
+
+
+_RATED = re.compile(r" at (\S+) a second$")
+
+
+def folder_rate(
+    segment: Any,  # a row of the segments table
+) -> float | None:  # None: EPIC-KITCHENS' 60, or nobody says
+    "The rate of a segment's folder of frames, as its row says or as the extension of EPIC-KITCHENS has it."
+    fps = getattr(segment, "fps", None)
+    if fps is not None and fps == fps: return float(fps)
+    return 50.0 if re.fullmatch(r"P\d\d_\d{3}", segment.video_id) else None
 
 # %% ../nbs/13_clips.ipynb #11bf3464
 ENDS = 1 << 16  # bytes at either end of a file
@@ -343,8 +380,9 @@ def _try_group(task: ClipTask, path: str, info: VideoInfo, group: list, sent: di
 # %% ../nbs/13_clips.ipynb #8bf6490f
 def _with_origins(task: ClipTask, path: str, segments: list) -> list[SimpleNamespace]:
     "The segments of one file, each with what its frames are taken from."
-    video, folder = video_identity(path), os.path.isdir(path)
-    span = lambda s: WHOLE_FILE if task.whole_files else segment_span(s, folder)
+    video, folder, given = video_identity(path), os.path.isdir(path), Backend.of(task.backend).fps
+    rate = lambda s: (folder_rate(s) or given) if folder and (task.feature_fps or s.start_frame == -1) else None
+    span = lambda s: WHOLE_FILE if task.whole_files else segment_span(s, folder, rate(s))
     return [SimpleNamespace(**vars(s) | dict(origin=Origin(span(s), video))) for s in segments]
 
 
@@ -361,10 +399,10 @@ def clip_pixels(
     for segment in task.segments:
         by_file.setdefault(segment.video_path, []).append(segment)
     for path, segments in by_file.items():
-        segments = _with_origins(task, path, segments)
+        segments, own = _with_origins(task, path, segments), replace(task, backend=Backend.of(task.backend).at(segments[0]))
         try:
-            info, wanted = probe(path, task.backend), []
-            segments = [_read_by(s, info, task.backend) for s in segments]
+            info, wanted = probe(path, own.backend), []
+            segments = [_read_by(s, info, own.backend) for s in segments]
         except VideoError as e:
             if out_of_memory(e):
                 raise
@@ -376,6 +414,7 @@ def clip_pixels(
                 frames = wanted_frames(info, segment, task.feature_fps)
                 wanted.append((segment, frames if task.clip_frames == 1 else frames[frame_indices(0, len(frames), TEST_FRAMES)]))
             except DataError as e:
-                yield Failed(segment.segment_id, f"{path}: {e}", segment.origin)
+                origin = segment.origin if info.fps_known else segment.origin._replace(span=f"{segment.origin.span} at an unknown rate")  # tried again
+                yield Failed(segment.segment_id, f"{path}: {e}", origin)
         for group in overlapping(wanted) if task.clip_frames == 1 else [[pair] for pair in wanted]:
-            yield from _try_group(task, path, info, group, sent)
+            yield from _try_group(own, path, info, group, sent)

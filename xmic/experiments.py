@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Iterable, Sequence
 
 import pandas as pd
 
+from .names import visible
 from .files import (DataError, brief, code_name, code_sha256, did_you_mean, features_folder, from_root, is_code, markdown_code, markdown_text,
                         read_json, write_json)
 from .paper import PRINTED, printed
@@ -499,7 +500,7 @@ def failures(
     jobs |= {name: (f"{p.runs_root}/{name}", f"{p.runs_root}/{name}/done") for name in (*(f"table{n}" for n in made.tables), "clips", "report")}
     lines = []
     for name, (folder, done) in jobs.items():
-        log, notebooks = from_root(folder) / "job.log", sorted(from_root(folder).glob("*.ipynb"))
+        log, notebooks = from_root(folder) / "job.log", visible(from_root(folder).glob("*.ipynb"))
         if not from_root(done).exists() and (notebooks or log.exists()):
             place = notebooks[0] if notebooks else log
             lines.append((name, _cause(place, log), os.path.relpath(place, from_root("."))))

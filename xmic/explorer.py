@@ -36,6 +36,7 @@ from .clips import wanted_frames
 from .encoders import ClassEmbeddings, Encoder, embed_prompts
 from .experiments import DATASETS, prepare, profile, world_size
 from .features import ExtractConfig, StoredView, hand_boxes, resize_policy
+from .names import visible
 from .files import DataError, brief, check_trust, from_root, is_code
 from .hands import HandBoxes
 from .inspection import Look, turned
@@ -348,7 +349,7 @@ def finished_runs(
 ) -> dict[str, TrainConfig]:  # by folder within the root; X-MIC first, and short names, which are those of plain settings
     "Every finished run below a folder; what cannot be read is left out."
     root, found, code = from_root(root), {}, []
-    for path in root.rglob("metrics.json"):
+    for path in visible(root.rglob("metrics.json"), root):
         with suppress(DataError):
             if not {"evaluations", "before"} & {*path.relative_to(root).parts}:
                 name, config = path.parent.relative_to(root).as_posix(), read_config(path.parent / "config.json")

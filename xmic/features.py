@@ -38,6 +38,7 @@ from .encoders import Encoder, create_encoder
 from .files import DataError, brief, data_folder, features_folder, from_root, one_at_a_time, parse_json, progress_bar, read_json, \
     remove_leftovers, sync_folder, whole_file, writable, write_json
 from .hands import HandBoxes
+from .names import is_hidden, visible
 from .segments import read_segments
 from .towers import device_squares, without_waiting
 from .video import Backend, DecodePool, WorkerKilled, decoder_version, out_of_memory
@@ -316,7 +317,7 @@ def _difference(view: Any, row: Any, shard: str, identity: Callable[[str], str |
     if view.shard_of(row.segment_id) != shard:
         return f"another video: stored in {view.shard_of(row.segment_id)}, now of {row.video_id}"
     span, video, _ = view.origins.get(row.segment_id, Origin(None, None))
-    if span and span != (now := span_now(row, span)):
+    if span and span != (now := span_now(row, span, view.manifest.get("feature_fps") != "every frame")):
         return f"other times: stored of {span}, now {now}"
     there = identity(row.video_path) if identity and video else None
     if there and there != video and there.split()[0] == video.split()[0]:  # a file and a folder of frames are not compared
@@ -469,7 +470,7 @@ class FeatureStore:
     @property
     def views(self) -> list[str]:
         "The views that have been begun."
-        return sorted(p.parent.name for p in self.root.glob("*/manifest.json"))
+        return [p.parent.name for p in visible(self.root.glob("*/manifest.json"), self.root)]
 
     @property
     def manifest(self) -> dict[str, dict]:
@@ -668,9 +669,9 @@ def check_extraction(
 def file_size(
     path: str,
 ) -> int | None:
-    "Bytes of a file, entries of a folder, None if there is neither."
+    "Bytes of a file, entries of a folder that are not hidden, None if there is neither."
     try:
-        return len(os.listdir(path)) if os.path.isdir(path) else os.path.getsize(path)
+        return sum(not is_hidden(name) for name in os.listdir(path)) if os.path.isdir(path) else os.path.getsize(path)
     except OSError:
         return None
 
@@ -1012,8 +1013,8 @@ def hand_boxes(
     root = data_folder(config.dataset, config.data_root)
     root = root if root.is_dir() else root.parent
     crops = root / "annotations" / "hand_crops"
-    ready = sorted(crops.glob("*.pkl"))
-    downloaded = [p for p in (root, root / "EPIC-KITCHENS") if config.dataset == "epic" and any(p.glob("P*/hand-objects/*.pkl"))]
+    ready = visible(crops.glob("*.pkl"))
+    downloaded = [p for p in (root, root / "EPIC-KITCHENS") if config.dataset == "epic" and visible(p.glob("P*/hand-objects/*.pkl"))]
     named = [from_root(config.boxes)] if config.boxes else [
         root / "hand_boxes.csv", *(ready if len(ready) < 2 else [crops]), root / "hand-objects", root / "100doh", *downloaded]
     if config.boxes and not named[0].exists():

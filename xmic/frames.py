@@ -62,7 +62,7 @@ class ShardWriter:
                  side: int,  # S, pixels
                 ):
         self.file, self.side, self.count, self.digest = file, side, 0, hashlib.sha256()
-        self.longest = dict.fromkeys(segments, Origin(" " * 48, " " * 48, " " * 80))  # as room for them is left
+        self.longest = dict.fromkeys(segments, Origin(" " * 80, " " * 48, " " * 80))  # as room for them is left
         self.room = -(-len(_header(dict.fromkeys(self.longest, 10**9), 10**9, side, origins=self.longest)) // 8) * 8
         file.write(self.room.to_bytes(8, "little") + b" " * self.room)
 

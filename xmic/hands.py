@@ -21,6 +21,7 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
+from .names import plain_name, visible
 from .files import PLAIN, DataError, brief, from_table, read_pickle, read_table
 from .segments import epic_frame_rate
 from .video import VideoInfo
@@ -229,7 +230,7 @@ def read_boxes(
     path: str | Path,  # a pickle {segment: {frame: (left, top, right, bottom)}}, or a CSV: segment_id, frame, left, top, right, bottom
 ) -> dict[str, dict[int, Box | None]]:  # None: the frame was looked at, and no hand was seen
     "Boxes by segment and frame. Raises `DataError` with the first rows that hold no box."
-    if str(path).endswith(".csv"):
+    if str(path).lower().endswith(".csv"):
         table = read_table(path, ["segment_id", "frame", "left", "top", "right", "bottom"])
         rows = list(zip(table.segment_id, table.frame, zip(table.left, table.top, table.right, table.bottom)))
     else:
@@ -247,7 +248,7 @@ def read_boxes(
             left, top, right, bottom = (0, 0, 0, 0) if empty else map(float, box)
             if not -1e9 <= left <= right <= 1e9 or not -1e9 <= top <= bottom <= 1e9 or not isinstance(frame, (int, str, np.integer)):
                 raise ValueError
-            frames, frame = boxes.setdefault(str(segment), {}), int(str(frame))
+            frames, frame = boxes.setdefault(plain_name(str(segment)), {}), int(str(frame))
             if frame in frames:
                 raise ValueError
             frames[frame] = None if empty else (left, top, right, bottom)
@@ -287,7 +288,7 @@ def _ready(path: str) -> dict[str, dict[int, Box | None]]:
 
 def _pickles(folder: Path) -> list[Path]:
     "In it, in the folders of persons, or as EPIC's download leaves them; links are followed."
-    return sorted(p for pattern in ("*.pkl", "*/*.pkl", "*/hand-objects/*.pkl") for p in folder.glob(pattern))
+    return visible((p for pattern in ("*.pkl", "*/*.pkl", "*/hand-objects/*.pkl") for p in folder.glob(pattern)), folder)
 
 
 def _detection_places(folder: str | Path, video_id: str) -> list[Path]:

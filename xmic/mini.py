@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 
 from .classes import clean_ego4d, clean_egtea, clean_epic
+from .names import visible
 from .files import DataError, check_output, from_root, one_at_a_time, progress_bar, read_json, remove_leftovers, whole_file, write_json
 from .hands import Detections, Hand, HandBoxes, Object, union_box
 from .scenes import FIXED, LOOKS, Action, Footage, Truth
@@ -409,7 +410,7 @@ def _same_world(
                 raise DataError(f"{root} holds {'a' if name == 'world.json' else 'the beginnings of a'} world with {'; '.join(other)}: delete epic, ego4d, egtea and world.json there, or choose another root")
             return name == "world.json"
     ours = (root / ".lock").exists()  # where world.json was deleted to build anew
-    if not ours and (other := [dataset for dataset in LISTS if (root / dataset).is_dir() and any((root / dataset).iterdir())]):
+    if not ours and (other := [dataset for dataset in LISTS if (root / dataset).is_dir() and visible((root / dataset).iterdir())]):
         raise DataError(f"{root / other[0]} exists, and is no part of a world of this kit: choose another root, or move it away")
     return False
 

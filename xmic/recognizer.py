@@ -33,6 +33,7 @@ from .classes import ClassSet
 from .clips import READ_AT_ONCE, wanted_frames
 from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts, feature_width
 from .features import resize_policy
+from .names import plain_name
 from .files import (DataError, brief, cache_folder, check_output, code_name, expand, from_root, markdown_code, markdown_text, read_json,
                         read_text, whole_file, write_json)
 from .hands import Box, HandBoxes, HandDetector, on_frame
@@ -115,8 +116,8 @@ def read_names(
     "The names in a file. Raises `DataError` if it holds none, or one of them twice."
     path = Path(path)
     if path.name.endswith("_idx.txt"): return ClassSet.from_egtea(path, kind=kind)
-    if path.suffix == ".csv": return ClassSet.from_epic(path, kind)
-    if path.suffix == ".json": return ClassSet.from_ego4d(path, kind)
+    if path.suffix.lower() == ".csv": return ClassSet.from_epic(path, kind)
+    if path.suffix.lower() == ".json": return ClassSet.from_ego4d(path, kind)
     if names := [line.strip() for line in read_text(path).splitlines() if line.strip()]:
         return _own_names(tuple(names), kind)
     raise DataError(f"{path}: holds no name; write one {kind} in each line")
@@ -167,7 +168,7 @@ def _stretch(video: str | Path, info: VideoInfo, start: float | None, stop: floa
     begin, end = float(info.times[0]) if start is None else start, info.duration if stop is None else stop
     if not 0 <= begin < end or begin >= info.duration:
         raise DataError(f"{video}: from {begin:g} to {end:g} s is no stretch of a video of {info.duration:.2f} s")
-    return _segment(Path(video).stem, info, begin, min(end, info.duration))
+    return _segment(plain_name(Path(video).stem), info, begin, min(end, info.duration))
 
 
 def _segment(name: str, info: VideoInfo, start: float, stop: float) -> SimpleNamespace:
@@ -444,6 +445,7 @@ def _notes(boxes: list[Box | None], origin: str, zero_shot: list[str], encoder: 
     notes += [f"{kind}s without a trained adapter: zero-shot" for kind in zero_shot]
     if encoder.weights == "random":
         notes.append("RANDOM encoder weights: the answer means nothing")
+    if not info.fps_known: notes.append(f"a folder of frames does not tell its rate: {info.fps:g} frames per second are assumed (fps)")
     if info.stretched: notes.append(info.stretched)
     if rendered:
         notes.append("trained on rendered videos: of a real one the answer means nothing")

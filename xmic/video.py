@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from importlib.metadata import version
@@ -38,6 +38,8 @@ from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
+from .names import Finder, numbered_pictures
+from .segments import epic_frame_rate
 from .files import DataError, brief, code_file, code_name, code_sha256, is_code, load_code
 
 # %% ../nbs/04_video.ipynb #8fe70920
@@ -148,7 +150,7 @@ def _container(
     path: str,
 ) -> Iterator[tuple[Any, Any]]:  # the open file and its video stream
     try:
-        container = av.open(path, **LENIENT, options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"})
+        container = av.open(os.path.abspath(path), **LENIENT, options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"})
     except _DECODER_ERRORS as e:
         raise VideoError(path, f"no video can be found in it; it may be cut short or of another kind ({e})") from None
     with container:
@@ -430,7 +432,7 @@ class _DecordReader(OpenVideo):
         decord = _decord()
         decord.logging.set_level(decord.logging.QUIET)
         try:
-            return decord.VideoReader(self.path, ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
+            return decord.VideoReader(os.path.abspath(self.path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
         except Exception as e:
             raise VideoError(self.path, f"decord cannot open it ({_first_line(e)})") from e
 
@@ -490,38 +492,63 @@ class _FolderReader(OpenVideo):
 
     name, folder = "images", True
 
-    def __init__(self, path: str, fps: float | None):
-        self.path, self.fps, self.fps_known = path, fps or 60.0, fps is not None
-        self.times = np.arange(_last_number(path, os.stat(path).st_mtime_ns)) / self.fps
+    def __init__(self, path: str, fps: float | None, first: int | None):
+        self.path, self.fps = path, fps or 60.0
+        if fps is None:
+            self.fps_known = False
+            with suppress(DataError): self.fps, self.fps_known = float(epic_frame_rate(os.path.basename(os.path.abspath(path)))), True
+        self.names, self.missing = _pictures(path, os.stat(path).st_mtime_ns)
+        last = max(self.names)
+        self.first = int(0 not in self.names) if first is None else first
+        if (least := min(self.names)) < self.first:
+            raise VideoError(path, f"{self.names[least]} comes before the first frame, whose number is said to be {self.first}")
+        if last - self.first >= MOST_FRAMES:
+            raise VideoError(path, f"a frame has the number {last:,}, and no video is that long; say where the numbers begin (first_frame), if they do not begin at 0 or 1")
+        self.times = np.arange(last - self.first + 1) / self.fps
         self.end = self.frames / self.fps
 
     def rate_and_aspect(self) -> tuple[float, float]:
         return self.fps, 1.0
 
+    def lacking(self) -> list[int]:
+        "The numbers of the pictures that are missing in between."
+        return sorted({self.first + i for i in range(self.frames)} - self.names.keys())
+
     def read(self, indices: list[int]) -> np.ndarray:
         images = []
         for index in indices:
-            name = f"frame_{index + 1:010d}.jpg"
+            name = self.names.get(index + self.first)
+            if name is None:
+                raise VideoError(self.path, f"{self.missing.format(index + self.first)} is missing", [index])
             try:
                 with Image.open(os.path.join(self.path, name)) as image:
                     if image.width * image.height > MOST_PIXELS: raise ValueError(f"{image.width:,} x {image.height:,} pixels")
-                    images.append(np.asarray(image.convert("RGB")))
+                    if image.mode.startswith(("I", "F")): raise ValueError(f"its pixels are {image.mode}, and 8 bits are read")
+                    images.append(np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-                raise VideoError(self.path, f"{name} is missing or damaged ({e})", [index]) from None
+                raise VideoError(self.path, f"{name} is damaged, or cannot be read ({e})", [index]) from None
             if images[-1].shape != images[0].shape:
                 raise VideoError(self.path, f"{name} is of another size than the frames before it", [index])
         return np.stack(images)
 
 
-@lru_cache(maxsize=64)
-def _last_number(path: str, changed: int) -> int:
-    "The number of the last frame of a folder; `changed` (its time of change) makes it be listed again."
-    numbers = [int(m[1]) for m in map(re.compile(r"frame_(\d{10})\.jpg").fullmatch, os.listdir(path)) if m]
-    if not numbers:
-        raise VideoError(path, "the folder holds no frame_0000000001.jpg and so on")
-    if max(numbers) > MOST_FRAMES:
-        raise VideoError(path, f"a frame has the number {max(numbers):,}, and no video is that long")
-    return max(numbers)
+@lru_cache(maxsize=16)
+def _pictures(path: str, changed: int) -> tuple[dict[int, str], str]:  # names by number, and how the name of a missing one would read
+    "The frames of a folder; `changed` (its time of change) makes it be listed again."
+    kinds = numbered_pictures(path)
+    if not kinds:
+        raise VideoError(path, "the folder holds no pictures with a number in their names, such as frame_0000000001.jpg")
+    pattern = next(iter(kinds)) if len(kinds) == 1 else ("frame_", ".jpg")
+    if pattern not in kinds:
+        one, other = (pictures[0][1] for pictures in list(kinds.values())[:2])
+        raise VideoError(path, f"the folder holds pictures under several kinds of names, such as {one} and {other}: keep those of one kind in it")
+    names: dict[int, str] = {}
+    for number, name in kinds[pattern]:
+        if names.setdefault(number, name) != name:
+            raise VideoError(path, f"{names[number]} and {name} have the same number")
+    before, ending = (part.replace("{", "{{").replace("}", "}}") for part in pattern)
+    digits = len(kinds[pattern][0][1]) - len(pattern[0]) - len(pattern[1])
+    return names, f"{before}{{:0{digits}d}}{ending}"
 
 # %% ../nbs/04_video.ipynb #5d7c1a90
 def _torchcodec() -> Any:  # a module
@@ -546,7 +573,7 @@ class _TorchCodecReader(OpenVideo):
         if stamps.broken or stamps.repeated:
             raise VideoError(path, "torchcodec does not read files that are cut short, or whose time stamps are repeated")
         try:
-            self.decoder = module.VideoDecoder(path, dimension_order="NHWC", seek_mode="exact")
+            self.decoder = module.VideoDecoder(os.path.abspath(path), dimension_order="NHWC", seek_mode="exact")
             at = np.array([self.decoder.get_frame_at(i).pts_seconds for i in (0, self.frames - 1)]) if len(self.decoder) == self.frames else np.zeros(2)
         except Exception as e:
             if out_of_memory(e):
@@ -624,7 +651,8 @@ class Backend:
     "How videos are opened. Raises `DataError` for a decoder that is not there."
 
     decoder: Any = "decord"  # of files: "decord", "pyav", "torchcodec", code of one's own as "path/to/file.py:Name", or an object with `open(path)`
-    fps: float | None = None  # frames per second of a folder of frames, which does not tell; None: 60
+    fps: float | None = None  # frames per second of a folder of frames, which does not tell; None: EPIC-KITCHENS' own, else 60
+    first_frame: int | None = None  # number of the first frame in the file names of such a folder; None: 0 where there is a 0, else 1
 
     def __post_init__(self):
         if isinstance(self.decoder, str) and is_code(self.decoder): code_file(self.decoder)
@@ -635,12 +663,22 @@ class Backend:
         if self.fps is not None and not 0 < self.fps < 1e6:
             raise DataError(f"fps={self.fps} must be a number of frames per second above 0")
 
+        if self.first_frame is not None and not (isinstance(self.first_frame, int) and 0 <= self.first_frame < 1e15):
+            raise DataError(f"first_frame={self.first_frame!r} must be a whole number from 0 on")
+
     @classmethod
     def of(cls,
            given: Any,  # a `Backend`, or what its `decoder` may be
           ) -> "Backend":
         "The backend that something stands for."
         return given if isinstance(given, cls) else cls(given)
+
+    def at(self,
+           segment: Any,  # a row of the segments table
+          ) -> "Backend":
+        "The same for the video of a segment, with what its row says of the rate and of the first number."
+        fps, first = getattr(segment, "fps", None), getattr(segment, "first_frame", -1)
+        return replace(self, fps=self.fps if fps is None or fps != fps else float(fps), first_frame=self.first_frame if first < 0 else int(first))
 
     @property
     def name(self) -> str:
@@ -682,13 +720,13 @@ class Backend:
              indices: Sequence[int] | np.ndarray = (),  # frames that it must have, counted from 0
             ) -> Iterator[OpenVideo]:
         "An open video. Raises `VideoError` if it cannot be opened, or does not have these frames."
-        path = str(path)
+        path = str(path) if os.path.exists(path) else Finder().find(path) or str(path)
         if not os.path.exists(path):
             raise VideoError(path, "no such file", indices)
         file = os.stat(path)
         if not os.path.isdir(path) and file.st_size == 0:
             raise VideoError(path, "the file is empty", indices)
-        key = os.getpid(), self.name, isinstance(self.decoder, str) or id(self.decoder), path, file.st_size, file.st_mtime_ns, self.fps
+        key = os.getpid(), self.name, isinstance(self.decoder, str) or id(self.decoder), path, file.st_size, file.st_mtime_ns, self.fps, self.first_frame
         video = _idle.pop(key, None) or self._open(path)
         try:
             if outside := [i for i in indices if not 0 <= i < video.frames]:
@@ -704,7 +742,7 @@ class Backend:
     def _open(self, path: str) -> OpenVideo:
         "A folder of frames, or a file: by what was chosen where that gives the right frames, else by PyAV."
         if os.path.isdir(path):
-            return _FolderReader(path, self.fps)
+            return _FolderReader(path, self.fps, self.first_frame)
         if self.name not in _READERS:
             return _OwnVideo(path, self._own(), self.name)
         try:
