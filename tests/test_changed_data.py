@@ -98,15 +98,6 @@ def test_a_segment_that_moves_to_another_video(world, tmp_path):
     assert not (store.root / "full" / "v1.safetensors").exists() and same_as_anew(store, world, tmp_path)
 
 
-def test_inserted_rows_shift_ids_that_are_counted(world, tmp_path):
-    table = pd.read_csv(world / "segments.csv").drop(columns="segment_id")
-    table.to_csv(world / "segments.csv", index=False)
-    extract_dataset(extract_config(world, tmp_path / "features"))
-    pd.concat([table.iloc[:1].assign(start_sec=0.0, stop_sec=0.4), table]).to_csv(world / "segments.csv", index=False)
-    store, report = extract_dataset(extract_config(world, tmp_path / "features"))
-    assert set(report.changed) == {"v0_1", "v0_2"} and report.extracted == 3 and same_as_anew(store, world, tmp_path)
-
-
 def test_times_that_cannot_be_read_leave_no_old_rows(world, tmp_path):
     store, _ = extract_dataset(extract_config(world, tmp_path / "features"))
     edit(world, "v0_0", start_sec=50.0, stop_sec=51.0)

@@ -452,13 +452,13 @@ def test_own_video_places(tmp_path, there, path):
     (tmp_path / there).touch()
     row = read_csv(own(tmp_path, f"video_id,video_path,start_sec,stop_sec\na,{path},0,1\n")).iloc[0]
     found = tmp_path / (there.rsplit("/", 1)[0] if there.endswith("jpg") else there)
-    assert row["video_path"] == str(found) and row["video_id"] == "a" and row["segment_id"] == "a_1"
+    assert row["video_path"] == str(found) and row["video_id"] == "a" and row["segment_id"] == "a_0-1"
 
 
 def test_own_csv_with_paths_only_and_other_columns(tmp_path):
     table = well_formed(read_csv(own(tmp_path, "start_sec, stop_sec ,video_path,mood,start_frame,stop_frame\n0,1, /data/a.mp4,good,0,25\n1,2,b.mp4,bad,,\n2,3,b.mp4,,,\n")
                                  / "segments.csv"))
-    assert list(table["segment_id"]) == ["a_1", "b_1", "b_2"]
+    assert list(table["segment_id"]) == ["a_0-1_f0-25", "b_1-2", "b_2-3"]
     assert list(table["video_path"]) == ["/data/a.mp4", str(tmp_path / "b.mp4"), str(tmp_path / "b.mp4")]
     assert table[["start_frame", "stop_frame"]].values.tolist() == [[0, 25], [-1, -1], [-1, -1]]
 
@@ -514,7 +514,7 @@ def test_a_reader_of_ones_own(tmp_path):
     reference = f"{tmp_path / 'reader.py'}:read"
     table = well_formed(read_code(reference))
     assert table[["segment_id", "video_id", "start_sec", "stop_sec", "noun", "split"]].values.tolist() == [
-        ["train_a_1", "a", 0.0, 2.0, "cup", "train"], ["train_b_1", "b", 1.5, 3.0, "", "train"]]
+        ["train_a_0-2", "a", 0.0, 2.0, "cup", "train"], ["train_b_1.5-3", "b", 1.5, 3.0, "", "train"]]
     pd.testing.assert_frame_equal(read_segments("mine", reference, "train"), table)
     assert read_classes("mine", reference, "noun").names == ("cup",)
     with pytest.raises(DataError, match="reader.py:read: no segment with split 'test'"): read_code(reference, "test")

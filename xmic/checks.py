@@ -31,8 +31,9 @@ from .experiments import ANNOTATIONS, PIXELS, TABLES, Profile, Store, cells, pro
 from .names import VIDEO_ENDINGS, is_hidden, plain_name, visible
 from .files import DataError, brief, did_you_mean, expand, from_root, progress_bar, read_json, read_table
 from .hands import HandBoxes, read_100doh, read_boxes, read_epic_hands
-from .segments import (_EGO4D_FOLDERS, _EGTEA_FOLDERS, _EPIC_FOLDERS, _csv_path, _find, epic_frame_rate, read_classes, read_csv, read_epic_tail,
-                           read_epic_unseen, read_segments)
+from .own import Fault, unit_of
+from .segments import (_EGO4D_FOLDERS, _EGTEA_FOLDERS, _EPIC_FOLDERS, _csv_path, _find, epic_frame_rate, own_faults, read_classes, read_csv,
+                           read_epic_tail, read_epic_unseen, read_segments)
 from .video import Backend, DecodePool, VideoInfo, probe
 
 # %% ../nbs/36_checks.ipynb #835831a5
@@ -244,6 +245,7 @@ class _Found:
     segments: dict[str, pd.DataFrame] = field(default_factory=dict)  # by split: what could be read
     blocked: dict[str, str] = field(default_factory=dict)  # split -> why it cannot be used
     odd: dict[str, list[str]] = field(default_factory=dict)  # split -> how it differs from what was published
+    faults: list[Fault] = field(default_factory=list)  # of a list of one's own
     infos: dict[str, VideoInfo] = field(default_factory=dict)  # of the videos that were opened, by path
     lacking: dict[str, set[str]] = field(default_factory=dict)  # split -> segments without a sound video
     stored: dict[tuple[str, str], set[str]] = field(default_factory=dict)  # encoder, split -> segments with features
@@ -275,6 +277,7 @@ def _annotations(check: Check, found: _Found) -> None:
     if found.world:
         check.add("Annotations", "note", f"This is the kit's rendered mini world (size {found.world['size']}), compared with what was rendered, "
                   "not with the real dataset.")
+    if dataset == "csv": _say_faults(check, found)
     for kind in ("noun", "verb"): _classes(check, found, kind)
     for split in found.splits: _split(check, found, split)
     if dataset == "epic" and found.segments: _epic_lists(check, found)
@@ -297,8 +300,11 @@ def _classes(check: Check, found: _Found, kind: str) -> None:
     try:
         classes = read_classes(dataset, found.root, kind)
     except DataError as e:
+        if dataset == "csv" and any(f.level == "problem" and f.kind == kind for f in found.faults): return
         if dataset == "csv":
-            return check.add(section, "note", f"No {kind}s: {_words(e)}. Segments can be recognised, but {kind}s neither trained nor counted.")
+            none = f"no {kind} in it" in str(e) or any(split in found.blocked for split in found.splits)
+            return check.add(section, "note" if none else "problem", f"No {kind}s: {_words(e)}. Segments can be recognised, but {kind}s neither trained "
+                             "nor counted.")
         for split in found.splits: found.blocked.setdefault(split, f"the list of {kind}s cannot be read")
         return check.add(section, "problem", f"The list of {kind}s cannot be read: {_words(e)}", _fetch(dataset, "annotations", found.root))
     facts = {f"{kind}s": len(classes)}
@@ -367,12 +373,18 @@ def _epic_lists(check: Check, found: _Found) -> None:
                   "rare classes do.", _fetch("epic", "annotations", root))
 
 
+def _say_faults(check: Check, found: _Found) -> None:
+    "What in a list of one's own would make accuracies wrong, or may, with its rows."
+    with suppress(DataError): found.faults = own_faults(found.root)  # a list that cannot be read is said where its splits are
+    for fault in found.faults:
+        rows = f" {'; '.join(fault.rows[:3])}{f' and {len(fault.rows) - 3:,} more' if len(fault.rows) > 3 else ''}." if fault.rows else ""
+        check.add("Annotations", fault.level, fault.text + rows, fault.todo)
+    check.facts.setdefault("Annotations", {})["faults"] = [dict(level=f.level, text=f.text, rows=list(f.rows), todo=f.todo) for f in found.faults]
+    if any(f.level == "problem" for f in found.faults): check.add("Annotations", "note", "Training refuses lists with such problems.")
+
+
 def _own_lists(check: Check, found: _Found) -> None:
     section, split = "Annotations", found.segments
-    both = set.intersection(*(set(t.video_id) for t in split.values())) if len(split) > 1 else set()
-    if both:
-        check.add(section, "warning", f"{_count(len(both), 'video')} {_are(len(both))} in training and in test: {_some(sorted(both))}. Accuracies will "
-                  "be too high.", "split by video, or leave the column split out: a quarter of the videos is then set aside")
     if len(split) > 1:
         for kind in ("noun", "verb"):
             new = sorted(set(split["test"][kind]) - set(split["train"][kind]) - {""})
@@ -502,6 +514,7 @@ def _say_videos(check: Check, found: _Found, sizes: dict, faults: dict[str, str]
         if fault == "cannot be read": text += f" The first: {broken[paths[0]]}."
         if fault == "lack frames": text += f" The first: {faults[paths[0]].removeprefix('lack frames').lstrip(':, ')}."
         check.add(section, "problem" if worst > 0.01 else "warning", text, fetch if fault != "are not there" else _windows(paths) or _elsewhere(found, paths) or fetch)
+    if found.dataset == "csv": ends = _say_behind(check, found, ends)
     if ends:
         check.add(section, "warning", f"{_count(len(ends), 'segment')} of the {_count(len(chosen), 'opened video')} {_are(len(ends), 'ends', 'end')} behind "
                   f"{_are(len(ends), 'its', 'their')} video, as if that were cut short: {_some(sorted(ends))}.", fetch, behind_the_end=sorted(ends))
@@ -519,6 +532,23 @@ def _say_videos(check: Check, found: _Found, sizes: dict, faults: dict[str, str]
                   f"{_some(f'{os.path.basename(p)} ({a:.4g} times as wide as high)' for p, a in odd.items())}. Frames are read as they are stored.",
                   "nothing, unless things look stretched: then scale the videos (ffmpeg -i in.mp4 -vf scale=iw*sar:ih,setsar=1 out.mp4)",
                   aspects={os.path.basename(p): a for p, a in odd.items()})
+
+
+def _say_behind(check: Check, found: _Found, ends: dict[str, str]) -> dict[str, str]:  # segment -> what is wrong, of the others
+    "Says which segments of one's own lie wholly behind their videos, and in what unit their times may be."
+    rows = [row for row in found.all.itertuples(index=False) if row.segment_id in ends and (info := found.infos[row.video_path]) and not info.folder]
+    behind = [row for row in rows if row.start_sec >= found.infos[row.video_path].end]
+    if not behind: return ends
+    known = [row for row in found.all.itertuples(index=False) if row.video_path in found.infos]
+    unit = unit_of([(row.stop_sec, found.infos[row.video_path].end, found.infos[row.video_path].fps) for row in known]) if 2 * len(behind) >= len(known) else ""
+    first = [f"{row.segment_id}: {row.start_sec:g} to {row.stop_sec:g} s, of {found.infos[row.video_path].end:.2f} s" for row in behind[:3]]
+    looks = f" The times look like {unit}, not seconds." if unit else ""
+    what = {"milliseconds": "divide start_sec and stop_sec by 1,000", "frame numbers": "divide start_sec and stop_sec by the frames a second"}
+    check.add("Videos", "problem", f"{_count(len(behind), 'segment')} {_are(len(behind), 'lies', 'lie')} wholly behind the end of "
+              f"{_are(len(behind), 'its', 'their')} video: {'; '.join(first)}{f' and {len(behind) - 3:,} more' if len(behind) > 3 else ''}.{looks}",
+              what.get(unit, "divide them by 1,000, or by the frames a second" if unit else "correct their times, or fetch the whole video"),
+              wholly_behind=[row.segment_id for row in behind])
+    return {i: fault for i, fault in ends.items() if i not in {row.segment_id for row in behind}} if not unit else {}
 
 
 def _grouped(faults: dict[str, str]) -> dict[str, list[str]]:

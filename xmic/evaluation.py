@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['top1', 'restrict', 'restricted_top1', 'predict', 'sum_classes', 'split_logits', 'accuracy', 'mean_per_class',
-           'summarise', 'harmonic_means']
+           'summarise', 'harmonic_means', 'against_zero_shot']
 
 # %% ../nbs/22_evaluation.ipynb #752da268
 from typing import Iterable, Mapping
@@ -54,12 +54,14 @@ def predict(
     classes: dict[str, ClassEmbeddings],  # by kind: "noun", "verb"
     labels: dict[str, np.ndarray],  # by kind: (N,) labels of all segments, -1 for none
     subsets: dict[str, dict[str, np.ndarray]] | None = None,  # by kind: name -> classes, e.g. shared and novel
-) -> dict[str, pd.DataFrame]:  # by kind: position, label, predicted, confidence, top5, subset, restricted
+    beside: torch.nn.Module | None = None,  # zero-shot CLIP, asked about the same batches
+) -> dict[str, pd.DataFrame]:  # by kind: position, label, predicted, confidence, top5, subset, restricted; zero_shot, if asked for
     "One row for each segment and kind. Segments without a label of that kind are left out."
     method.eval()
     both = sum_classes(classes)
     rows: dict[str, list[pd.DataFrame]] = {kind: [] for kind in classes}
     for positions, batch in batches:
+        others = split_logits(beside(batch, both), classes) if beside else {}
         for kind, logits in split_logits(method(batch, both), classes).items():
             target = torch.as_tensor(labels[kind][positions], device=logits.device)
             best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
@@ -73,6 +75,7 @@ def predict(
                 if inside.any():
                     table.loc[inside, "subset"] = name
                     table.loc[inside, "restricted"] = restrict(logits[torch.as_tensor(inside)], members).argmax(-1).cpu().numpy()
+            if kind in others: table["zero_shot"] = others[kind].argmax(-1).cpu().numpy()
             rows[kind].append(table[table.label >= 0])
     return {kind: pd.concat(tables, ignore_index=True) for kind, tables in rows.items()}
 
@@ -165,3 +168,27 @@ def harmonic_means(
             if None not in pair:
                 means[kind][f"{target} shared+novel"] = harmonic_mean(*pair)
     return means
+
+# %% ../nbs/22_evaluation.ipynb #192b7e5a
+def against_zero_shot(
+    predictions: dict[str, pd.DataFrame],  # by kind, as `predict` gives them with `beside`
+    seed: int = 0,  # of the bootstrap
+    resamples: int = 2000,
+) -> dict[str, dict]:  # by kind, and "action": top1 of zero-shot CLIP; difference (method minus zero-shot, per cent points), low, high, count
+    "Zero-shot CLIP's top-1 on the same segments, and how far the method is from it, with a 95 % interval by a paired bootstrap."
+    rng = np.random.default_rng(seed)
+    right = {kind: pd.DataFrame(dict(position=t.position, ours=t.predicted == t.label, theirs=t.zero_shot == t.label)) for kind, t in predictions.items()}
+    if {"noun", "verb"} <= set(right):
+        both = right["noun"].merge(right["verb"], on="position")
+        right["action"] = pd.DataFrame(dict(ours=both.ours_x & both.ours_y, theirs=both.theirs_x & both.theirs_y))
+    return {kind: dict(top1=accuracy(table.theirs.to_numpy(), rng), difference=_paired(table.ours.to_numpy(), table.theirs.to_numpy(), rng, resamples))
+            for kind, table in right.items()}
+
+
+def _paired(ours: np.ndarray, theirs: np.ndarray, rng: np.random.Generator, resamples: int) -> dict:
+    n, apart = len(ours), ours.astype(int) - theirs.astype(int)
+    if n == 0: return dict(difference=None, low=None, high=None, count=0)
+    won, lost = float((apart > 0).mean()), float((apart < 0).mean())
+    drawn = rng.multinomial(n, [won, lost, max(0.0, 1 - won - lost)], resamples)
+    low, high = np.quantile(100 * (drawn[:, 0] - drawn[:, 1]) / n, [0.025, 0.975])
+    return dict(difference=100 * (won - lost), low=float(low), high=float(high), count=n)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPEN_SHARDS', 'IN_FLIGHT', 'write_shard', 'CannotOpen', 'read_shard', 'shard_name', 'read_checked', 'StoredView',
            'changed_since', 'FailureLog', 'FeatureStore', 'ExtractReport', 'manifest_of', 'check_extraction',
-           'file_size', 'Timed', 'extract', 'ExtractConfig', 'resize_policy', 'dataset_store', 'hand_boxes',
-           'extract_dataset']
+           'file_size', 'counted_ids', 'Timed', 'extract', 'ExtractConfig', 'resize_policy', 'dataset_store',
+           'hand_boxes', 'extract_dataset']
 
 # %% ../nbs/14_features.ipynb #f0d2f427
 import hashlib
@@ -590,6 +590,7 @@ class ExtractReport:
     waiting: float = 0.0  # of these, spent waiting for decoded pixels
     failed: dict[str, str] = field(default_factory=dict, repr=False)  # segment -> cause
     changed: dict[str, str] = field(default_factory=dict, repr=False)  # segments that were there, of other times or another video -> what differs
+    renamed: int = 0  # segments that were there under ids that counted rows
     unknown: int = 0  # segments that were there and do not say what they were taken from
     aspects: dict[str, float] = field(default_factory=dict, repr=False)  # video -> width of a pixel divided by its height, where that is not 1
 
@@ -612,7 +613,8 @@ class ExtractReport:
     def _again(self) -> str:
         "What was to be made anew, and why."
         causes = Counter(cause.partition(":")[0] for cause in self.changed.values())
-        return "".join(f"; {count:,} that were there are of {cause}, and were tried again" for cause, count in causes.items())
+        renamed = f"; {self.renamed:,} were there under ids that counted rows, and were renamed" if self.renamed else ""
+        return renamed + "".join(f"; {count:,} that were there are of {cause}, and were tried again" for cause, count in causes.items())
 
 # %% ../nbs/14_features.ipynb #c7583f15
 def manifest_of(
@@ -683,6 +685,8 @@ def _failed_as_now(record: dict, row: Any, size: Callable, identity: Callable) -
 
 
 def _left_to_do(segments: pd.DataFrame, stores: list[FeatureStore], views: tuple[str, ...], report: ExtractReport) -> dict[str, list]:
+    renamed = [_rename_counted(StoredView(s.root / v), segments) for s in stores for v in views]
+    report.renamed = len(set().union(*renamed))
     opened = [StoredView(s.root / v) for s in stores for v in views]
     for view in opened:
         with suppress(DataError): view.save_index()  # so that the next start, after a kill, need not open these shards again
@@ -740,6 +744,47 @@ def _take_out(
         (path.parent / "index.json").unlink(missing_ok=True)
         if kept: write_shard(path, kept, {i: origin for i, origin in origins.items() if i not in segments})
         else: path.unlink()
+
+# %% ../nbs/14_features.ipynb #eaaefa60
+def counted_ids(
+    view: Any,  # a `StoredView`, or a `FrameStore`
+    segments: pd.DataFrame,  # as the readers of `segments` give them
+) -> dict[str, str]:  # stored id -> shard
+    "Stored segments of these videos under ids that count rows, as earlier versions gave them, which no segment has now."
+    ids, videos = set(segments.segment_id), {shard_name(video): video for video in segments.video_id.unique()}
+    counted = {shard: re.compile(rf"(?:(?:train|test)_)?{re.escape(video)}_[1-9]\d*") for shard, video in videos.items()}
+    return {i: shard for i in view.place if i not in ids and (shard := view.shard_of(i)) in counted and counted[shard].fullmatch(i)}
+
+
+def _rename_counted(view: StoredView, segments: pd.DataFrame) -> set[str]:  # the new ids
+    "Gives stored segments that counted rows the ids that the segments of the same video and times have now."
+    lacking = segments[~segments.segment_id.isin(view.place.keys())]
+    if lacking.empty or str(view.manifest.get("boxes", "")).startswith("boxes-"): return set()  # ready boxes belong to ids
+    by_shard: dict[str, dict[str, Origin]] = {}
+    for old, shard in counted_ids(view, segments).items(): by_shard.setdefault(shard, {})[old] = view.origins.get(old, Origin(None, None))
+    identity, made = cache(video_identity), set()
+    for shard, stored in by_shard.items():
+        names: dict[str, str] = {}
+        for row in lacking[lacking.video_id.map(shard_name) == shard].itertuples(index=False):
+            same = (old for old, origin in stored.items() if old not in names and origin.span and origin.video and
+                    origin.span == span_now(row, origin.span) and origin.video == identity(row.video_path))
+            if old := next(same, None): names[old] = row.segment_id
+        if names: _rename(view.folder / shard, names, view.dim)
+        made |= set(names.values())
+    return made
+
+
+def _rename(
+    path: Path,
+    names: Mapping[str, str],  # stored id -> new id
+    dim: int,
+) -> None:
+    "Writes a shard anew with other ids."
+    with one_at_a_time(path.parent):
+        parts, origins = _parts_of(path, dim)
+        names = {old: new for old, new in names.items() if new not in {i for i, *_ in parts}}  # another extraction may have done it
+        (path.parent / "index.json").unlink(missing_ok=True)
+        write_shard(path, [(names.get(i, i), f, n) for i, f, n in parts], {names.get(i, i): origin for i, origin in origins.items()})
 
 # %% ../nbs/14_features.ipynb #6b0bef36
 class _Video:
@@ -1033,6 +1078,16 @@ def hand_boxes(
     return HandBoxes.from_100doh(place, max_gap=config.max_gap, **thresholds)
 
 # %% ../nbs/14_features.ipynb #044b209c
+def _check_box_ids(boxes: HandBoxes, segments: pd.DataFrame) -> None:
+    "`DataError` for ready boxes of segments that are counted by rows, as earlier versions counted them, and that no segment is called any more."
+    known = set(boxes.segments)
+    if known & ({*segments.segment_id} | {i.split("_", 1)[-1] for i in segments.segment_id}): return
+    counted = [name for name in known for video, _, number in [name.rpartition("_")] if number.isdecimal() and video in set(segments.video_id)]
+    if counted:
+        raise DataError(f"{boxes.place}: names segments by their rows, such as {min(counted)!r}, and no segment has such an id: ids come from video and times now, "
+                        f"such as {segments.segment_id.iloc[0]!r}. Write these, or give the segments ids of their own in a column segment_id")
+
+
 def extract_dataset(
     config: ExtractConfig,
 ) -> tuple[FeatureStore, ExtractReport]:
@@ -1042,6 +1097,7 @@ def extract_dataset(
     boxes = hand_boxes(config) if "hand" in config.views else None
     if "hand" in config.views and boxes is None:
         warnings.warn(f"no hand boxes in {root}: the hand view will hold whole frames (see data/README.md for where boxes are expected)")
+    if boxes and boxes.source == "boxes": _check_box_ids(boxes, segments)
     encoder = create_encoder(config.encoder, config.weights, config.device, precision=config.precision, clip_frames=config.clip_frames)
     encoder = encoder.with_resize(resize_policy(config.resize, config.dataset))
     store = dataset_store(features_folder(config.features_root), encoder, config.resize, config.dataset)

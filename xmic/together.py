@@ -22,7 +22,7 @@ from .evaluation import split_logits
 from .files import DataError, progress_bar, whole_file
 from .streams import Batch, Streams
 from .config import TrainConfig, resolve
-from .training import DeviceSteps, RunData, RunResult, Split, Trainer, _check_claim, _claim, _finished, _found, pick_device, run_folder, train
+from .training import DeviceSteps, RunData, RunResult, Split, Trainer, _check_claim, _claim, check_annotations, _finished, _found, pick_device, run_folder, train
 
 # %% ../nbs/24_together.ipynb #b1d00eb1
 FREE = ("seed", "lr", "schedule", "warmup_epochs", "warmup_lr", "betas", "momentum", "weight_decay", "scale", "name", "runs_root", "progress", "tensorboard")
@@ -155,6 +155,7 @@ def train_together(
     if twice := [str(f) for i, f in enumerate(folders) if f in folders[:i]]:
         raise DataError(f"two runs of one folder, {twice[0]}: let them differ in seed, settings or name")
     for c in configs:
+        check_annotations(c)
         _check_claim(run_folder(c), c)
     for group in alike(configs):
         left = [c for c in group if not _finished(c, run_folder(c))]

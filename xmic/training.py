@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['DataHashes', 'Log', 'learning_rate', 'epoch_rate', 'Split', 'data_differences', 'RunData', 'loss_and_right',
            'subsample', 'DeviceSteps', 'Trainer', 'RunResult', 'run_name', 'run_folder', 'provenance', 'pick_device',
-           'peak_memory', 'held_out_videos', 'Selection', 'test_batches', 'evaluate', 'read_hashes', 'check_method',
-           'train', 'load_trained', 'check_shapes', 'keeps_texts', 'restore', 'EvaluateConfig', 'evaluate_run']
+           'peak_memory', 'held_out_videos', 'Selection', 'test_batches', 'evaluate', 'check_annotations',
+           'read_hashes', 'check_method', 'train', 'load_trained', 'check_shapes', 'keeps_texts', 'restore',
+           'EvaluateConfig', 'evaluate_run']
 
 # %% ../nbs/23_training.ipynb #375af622
 import hashlib
@@ -18,8 +19,9 @@ import subprocess
 import time
 import warnings
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence, cast
@@ -33,21 +35,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import xmic
-from .adapter import trained_parameters
+from .adapter import ZeroShot, trained_parameters
 from .classes import ClassSet
 from .config import (TrainConfig, UNTRAINED, PROMPTED, PIXELS, reads_context, build_method, text_tower,
                          _prompt_faults, resolve, dataset_root, _kept, _with_kept_code, _check_kept, named_code,
                          read_config)
 from .distributed import deal, first_ahead, from_first, gather, is_first, mine, sum_gradients, world
 from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts
-from .evaluation import harmonic_means, predict, split_logits, sum_classes, summarise
-from .features import FeatureStore, StoredView, Timed, changed_since, dataset_store, resize_policy
+from .evaluation import against_zero_shot, harmonic_means, predict, split_logits, sum_classes, summarise
+from .clips import video_identity
+from .features import FeatureStore, StoredView, Timed, changed_since, counted_ids, dataset_store, resize_policy
 from .files import (DataError, brief, check_archive, check_trust, code_file, code_name, code_sha256,
                         features_folder, from_root, is_code, progress_bar, project_root, read_json, whole_file,
                         write_json)
 from .frames import FrameStore, PixelStreams, frames_folder
 from .prompting import text_once
-from .segments import central_window, classes_sha256, read_classes, read_segments, segments_sha256
+from .segments import OFFICIAL, central_window, check_own, classes_sha256, read_classes, read_segments, segments_sha256
 from .streams import Batch, Streams, sample_rows, shift_twice
 
 try:
@@ -104,14 +107,21 @@ def _with_features(segments: pd.DataFrame, views: list[StoredView] | list[FrameS
                    notebook: str = "extract") -> pd.DataFrame:
     "The segments that all views hold; `DataError` if there is none."
     held = segments.segment_id.map(lambda s: all(s in v.place for v in views)).to_numpy(bool)
+    own = dataset not in OFFICIAL
+    if own and not held.any() and (counted := counted_ids(views[0], segments)):
+        raise DataError(f"{views[0].folder.parent} holds {len(counted):,} segments of {dataset} under ids that count rows, such as {next(iter(counted))!r}, which "
+                        f"may be those of other rows by now: run nbs/{notebook}.ipynb again; it renames what is of the same times and makes the others anew")
     if not held.any():
         raise DataError(f"none of the {len(segments):,} {split} segments of {dataset} has {'features' if notebook == 'extract' else 'frames'} in "
                         f"{views[0].folder.parent}: run nbs/{notebook}.ipynb with dataset={dataset!r} and these encoders and views first")
     found = segments[held].reset_index(drop=True)
-    changed = {i: what for view in views for i, what in changed_since(view, found).items()}
+    changed = {i: what for view in views for i, what in changed_since(view, found, cache(video_identity) if own else None).items()}
     if changed:
         raise DataError.rows(f"{views[0].folder.parent} holds {split} segments of {dataset} that have changed since: run nbs/{notebook}.ipynb again, which "
                              f"makes just these anew", [f"{i}: {what}" for i, what in changed.items()])
+    if own and not held.all():
+        warnings.warn(f"{(~held).sum():,} of the {len(segments):,} {split} segments of {dataset} have no {'features' if notebook == 'extract' else 'frames'} and are "
+                      f"left out, such as {segments.segment_id[~held].iloc[0]}: run nbs/{notebook}.ipynb again, which says what cannot be read")
     return found
 
 # %% ../nbs/23_training.ipynb #5c2149be
@@ -539,21 +549,45 @@ class RunResult:
                                  **{name: v["value"] for name, v in values.items()}))
         return pd.DataFrame(rows)
 
+    @property
+    def beside_zero_shot(self) -> pd.DataFrame:
+        "Top-1 of the run and of zero-shot CLIP on the same segments, and their difference with its 95 % interval; empty where a run has none."
+        rows = [dict(dataset=dataset, kind=kind, segments=own["difference"]["count"], zero_shot=own["top1"]["value"],
+                     top1=self.metrics["results"][dataset][kind]["top1"]["value"], **{k: own["difference"][k] for k in ("difference", "low", "high")})
+                for dataset, kinds in self.metrics.get("zero_shot", {}).items() for kind, own in kinds.items()]
+        return pd.DataFrame(rows, columns=["dataset", "kind", "segments", "zero_shot", "top1", "difference", "low", "high"])
+
 # %% ../nbs/23_training.ipynb #e332ada6
+def _own_places(config: TrainConfig) -> dict[str, str]:
+    "Where datasets of one's own lie: within the project relative to it."
+    places = {d: Path(dataset_root(config, d)) for d in (config.dataset, *config.targets) if d not in OFFICIAL}
+    return {d: p.relative_to(project_root()).as_posix() if p.is_relative_to(project_root()) else str(p) for d, p in places.items()}
+
+
 def run_name(
     config: TrainConfig,  # resolved
+    by_place: bool = True,  # also by the folders of datasets of one's own, as earlier versions did not
 ) -> str:
-    "A readable folder name that differs whenever a setting differs that changes the result."
+    "A readable folder name that differs whenever a setting differs that changes the result, or the folder of a dataset of one's own."
+    own = _own_places(config)
     apart = ("name", "runs_root", "progress", "tensorboard", "resident", "device", "data_root", "target_roots", "features_root")
     later = ("clip_frames", "context_clip_frames", "code")  # fields newer than some runs, which they must not rename
-    key = json.dumps({k: v for k, v in asdict(config).items() if k not in apart and not (k in later and v == getattr(TrainConfig(), k))}, sort_keys=True)
+    key = json.dumps({k: v for k, v in asdict(config).items() if k not in apart and not (k in later and v == getattr(TrainConfig(), k))} |
+                     ({"own": own} if own and by_place else {}), sort_keys=True)
     return f"{config.dataset}-{config.labels}-{code_name(config.method)}-seed{config.seed}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
 def run_folder(
     config: TrainConfig,  # resolved
 ) -> Path:
-    return from_root(config.runs_root) / (config.name or run_name(config))
+    "Where a run lies: a run that an earlier version made of the same folders keeps its name."
+    runs = from_root(config.runs_root)
+    if config.name: return runs / config.name
+    now, before = run_name(config), run_name(config, by_place=False)
+    if before != now and not (runs / now).exists() and (runs / before / "config.json").exists():
+        with suppress(DataError):
+            if _own_places(read_config(runs / before / "config.json")) == _own_places(config): return runs / before
+    return runs / now
 
 # %% ../nbs/23_training.ipynb #5738100d
 def provenance(
@@ -637,11 +671,12 @@ def evaluate(
     subsets: dict[str, dict[str, np.ndarray]],  # by kind: shared and novel classes
     config: TrainConfig,
     positions: np.ndarray | None = None,  # which segments; None: all
+    beside: nn.Module | None = None,  # another method that is asked about the same batches
 ) -> dict[str, pd.DataFrame]:  # by kind, see `evaluation.predict`
     "Predictions for the segments of a split, at the bin centres, each segment once."
     order = np.arange(len(split.segments)) if positions is None else positions
     own = mine(order)
-    parts = gather(predict(method, test_batches(split, config, own), text, split.labels, subsets) if len(own) else None)
+    parts = gather(predict(method, test_batches(split, config, own), text, split.labels, subsets, beside) if len(own) else None)
     if len(parts) == 1:
         return parts[0]
     return {kind: _in_order([part[kind] for part in parts if part], order) for kind in text}
@@ -652,6 +687,16 @@ def _in_order(tables: list[pd.DataFrame], order: np.ndarray) -> pd.DataFrame:
     place = np.empty(order.max() + 1, np.int64)
     place[order] = np.arange(len(order))
     return pd.concat(tables).sort_values("position", key=lambda p: place[p], ignore_index=True)
+
+# %% ../nbs/23_training.ipynb #1a4a013f
+def check_annotations(
+    config: TrainConfig,  # resolved
+) -> None:
+    "`DataError` for problems in the annotations of datasets of one's own, and a warning for what may be meant; nothing where they are not there."
+    for dataset in (d for d in (config.dataset, *config.targets) if d not in OFFICIAL):
+        root = dataset_root(config, dataset)
+        if is_code(root) or root.is_file() or (root / "segments.csv").is_file():
+            for line in check_own(root, ["noun", "verb"] if config.labels == "both" else [config.labels]): warnings.warn(line)
 
 # %% ../nbs/23_training.ipynb #e597bce9
 def _check_claim(folder: Path, config: TrainConfig) -> None:
@@ -844,25 +889,34 @@ def _fit(config: TrainConfig, folder: Path, trainer: Trainer, selection: Selecti
     return dict(epoch=selection.best["epoch"], value=selection.best["value"])
 
 # %% ../nbs/23_training.ipynb #4a937386
+def _zero_shot_beside(config: TrainConfig, data: RunData) -> nn.Module | None:  # None for zero-shot CLIP itself, and for pixels
+    "Zero-shot CLIP on the classified features of a run."
+    if config.method in (*UNTRAINED, *PIXELS): return None
+    return ZeroShot(float(data.encoder.logit_scale), config.normalize_frames).to(data.device)
+
+
 def _evaluate_all(config: TrainConfig, folder: Path, data: RunData, tests: dict[str, Split], method: nn.Module) -> dict:
     "Accuracies on every dataset, with the numbers of segments and of competing classes; leaves predictions.csv in the folder."
-    results, classes, predictions = {}, {}, []
+    results, classes, predictions, zero_shot = {}, {}, [], {}
+    beside = _zero_shot_beside(config, data)
     for dataset, split in tests.items():
         subsets = {} if dataset == config.dataset else {
             k: dict(zip(("shared", "novel"), c.shared_with(data.classes[config.dataset][k]))) for k, c in data.classes[dataset].items()}
-        tables = evaluate(method, split, data.text[dataset], subsets, config)
+        tables = evaluate(method, split, data.text[dataset], subsets, config, beside=beside)
         results[dataset] = summarise(tables, config.seed)
+        if beside: zero_shot[dataset] = against_zero_shot(tables, config.seed)
         classes[dataset] = {k: dict(top1=len(c), **{n: len(of) for n, of in subsets.get(k, {}).items()}) for k, c in data.classes[dataset].items()}
         for kind, table in tables.items():
             ids = split.segments.segment_id.to_numpy()[table.position]
             names = np.array(data.classes[dataset][kind].names, dtype=object)
+            more = dict(zero_shot_name=names[table.zero_shot]) if beside else {}
             predictions.append(table.drop(columns="position").assign(dataset=dataset, kind=kind, segment_id=ids, label_name=names[table.label],
-                                                                     predicted_name=names[table.predicted]))
+                                                                     predicted_name=names[table.predicted], **more))
     if is_first():
         with whole_file(folder / "predictions.csv") as part:
             pd.concat(predictions).to_csv(part, index=False, float_format="%.6g")
     return dict(
-        results=results, harmonic_means=harmonic_means(results), classes=classes, data=data.read,
+        results=results, **(dict(zero_shot=zero_shot) if beside else {}), harmonic_means=harmonic_means(results), classes=classes, data=data.read,
         segments={d: dict(segments=s.total, with_features=len(s.segments), missing=s.total - len(s.segments)) for d, s in tests.items()},
         features={d: {f"{v.folder.name} {v.manifest['fingerprint']}": v.manifest for v in s.streams.views} for d, s in tests.items()})
 
@@ -875,6 +929,7 @@ def train(
     config = resolve(config)
     folder = run_folder(config)
     if is_first():
+        check_annotations(config)
         _check_claim(folder, config)
     if run := from_first(lambda: _finished(config, folder)):
         return run
@@ -1004,6 +1059,7 @@ def evaluate_run(
         raise DataError("the run cannot be evaluated with these settings:\n  " + "\n  ".join(faults))
     key = hashlib.sha256(json.dumps([c.targets, c.template, c.target_roots, c.features_root]).encode()).hexdigest()[:8]
     folder = trained.folder / "evaluations" / key
+    check_annotations(c)
     device = pick_device(config.device)
     data, method = restore(replace(trained, config=c), device, trust_code=True)  # what may run is settled above
     tests = {d: data.split(d, "test") for d in [source, *targets]}
