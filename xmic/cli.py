@@ -16,7 +16,7 @@ from collections import Counter
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterable, Iterator, Optional
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Optional
 
 import typer
 from typer.core import TyperGroup
@@ -331,12 +331,13 @@ def predict(
                 seen = answer.notes
                 sys.stdout.flush()
             for ending, places in outputs.items():
-                if place := places[number] if line.answers else None:
-                    part = f", the part from {line.answers[0].start:.1f} to {line.answers[-1].stop:.1f} s" if ending == ".mp4" and (start or stop) else ""
-                    write = {".csv": line.to_csv, ".srt": line.to_srt, ".eaf": line.to_elan, ".html": line.to_html,
-                             ".mp4": partial(line.annotate, backend=backend)}[ending]
-                    write(place, overwrite=overwrite)
-                    _say(f"{place} written{part}")
+                output = places[number]
+                if output is None or not line.answers: continue
+                part = f", the part from {line.answers[0].start:.1f} to {line.answers[-1].stop:.1f} s" if ending == ".mp4" and (start or stop) else ""
+                writers: dict[str, Callable[..., None]] = {".csv": line.to_csv, ".srt": line.to_srt, ".eaf": line.to_elan, ".html": line.to_html,
+                                                           ".mp4": partial(line.annotate, backend=backend)}
+                writers[ending](output, overwrite=overwrite)
+                _say(f"{output} written{part}")
         except DataError as e:
             _say(e)
             failed += 1

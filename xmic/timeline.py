@@ -427,6 +427,7 @@ def _annotate(line: Timeline, path: str | Path, backend: str, overwrite: bool) -
     with whole_file(path) as part, av.open(str(part), "w", format="mp4", options=dict(movflags="faststart")) as container:
         stream: Any = container.add_stream(_codec(), rate=Fraction(info.fps).limit_denominator(1001))
         stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, _TICKS)
+        stream.codec_context.sample_aspect_ratio = Fraction(info.aspect).limit_denominator(1000)
         stream.codec_context.max_b_frames = 0  # with them the container's duration is wrong where the rate varies
         if info.folder:
             for _, packet in _pictures(line, stream, times, shown, -times[shown[0]], backend): container.mux(packet)
