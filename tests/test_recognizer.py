@@ -1,6 +1,8 @@
 """The recogniser on real and made videos, with class lists of its own."""
+import shutil
 import socket
 import tracemalloc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from safetensors.torch import load_file
+from torch import nn
 
 from videos import numbered_frame, numbers_of
 from videos import write_video as write_numbered
 from world import register_tiny, write_world
+from xmic import recognizer as recognizer_module
+from xmic.adapter import cosine_logits
 from xmic.classes import ClassSet
 from xmic.encoders import create_encoder
 from xmic.features import ExtractConfig, extract_dataset
@@ -24,8 +30,9 @@ from xmic.hands import HandBoxes
 from xmic.mini import LISTS, plan, write_reel
 from xmic.recognizer import Recognition, Recognizer, _best_pairs, read_names
 from xmic.config import TrainConfig
-from xmic.training import train
-from xmic.video import VideoError
+from xmic.streams import Batch
+from xmic.training import load_trained, train
+from xmic.video import VideoError, iter_frames
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
 
@@ -232,9 +239,40 @@ def test_a_stream_answers_as_the_same_video_does_and_holds_what_it_looks_at(plai
     assert "no hands found by the detector" in answers[0].notes[0]
 
 
-@pytest.mark.parametrize("frames, lengths", [(60, [(0, 2), (2, 4), (4, 6)]), (69, [(0, 2), (2, 4), (4, 6)]), (70, [(0, 2), (2, 4), (4, 6), (6, 7)]), (8, [])])
+@pytest.mark.parametrize("frames, lengths", [(60, [(0, 2), (2, 4), (4, 6)]), (69, [(0, 2), (2, 4), (4, 6)]), (70, [(0, 2), (2, 4), (4, 6), (6, 7)]),
+                                             (29, [(0, 2)]), (8, [(0, 0.8)]), (1, [(0, 0.1)]), (0, [])])
 def test_the_end_of_a_stream_counts_from_half_a_stretch_on(plain, frames, lengths):
     assert [(a.start, a.stop) for a in plain.stream((numbered_frame(i) for i in range(frames)), 10, **NAMES)] == lengths
+
+
+@pytest.mark.parametrize("frames", [1, 2, 8, 15, 19, 31])
+def test_a_stream_shorter_than_one_stretch_is_answered_as_its_frames_are(plain, frames):
+    images = np.stack([numbered_frame(i) for i in range(frames)])
+    seen = []
+    detector = lambda given: seen.append(numbers_of(given)) or [None] * len(given)
+    (streamed,), whole = plain.stream(iter(images), 10, **NAMES, every=3.2, boxes=detector), plain.predict(images, **NAMES, fps=10)
+    assert streamed.frames == whole.frames and (streamed.start, streamed.stop) == (0, frames / 10) and same(streamed, whole, rtol=1e-4)
+    assert seen == [sorted(set(whole.frames))]
+
+
+def test_a_short_stream_holds_a_bounded_number_of_frames_spread_over_all_of_it(plain):
+    alive, most = [0], 0
+    class Frame(np.ndarray): pass
+    def camera():
+        nonlocal most
+        for i in range(700):
+            yield numbered_frame(i)
+            most = max(most, alive[0])
+    original = recognizer_module._frame_of_stream
+    def keep(image, images):
+        frame = original(image, images).view(Frame)
+        alive[0] += 1
+        weakref.finalize(frame, lambda: alive.__setitem__(0, alive[0] - 1))
+        return frame
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recognizer_module, "_frame_of_stream", keep)
+        (answer,) = plain.stream(camera(), 10, **NAMES, every=100.0)
+    assert most <= 16 * 3 + 1 and answer.stop == 70 and np.abs(np.array(answer.frames) - (2 * np.arange(16) + 1) * 700 / 32).max() <= 17
 
 
 @pytest.mark.parametrize("images, message", [([np.zeros((9, 9), np.uint8)], "uint8 of shape"), ([np.zeros((9, 9, 3))], "uint8 of shape"),
@@ -242,6 +280,133 @@ def test_the_end_of_a_stream_counts_from_half_a_stretch_on(plain, frames, length
 def test_frames_that_are_none_end_a_stream(plain, images, message):
     with pytest.raises(DataError, match=message):
         list(plain.stream(iter(images), 1, **NAMES))
+
+
+@pytest.mark.parametrize("start, stop", [(None, None), (0.5, 3.0)])
+def test_frames_in_memory_are_answered_as_their_file_is(plain, film, start, stop):
+    images = np.concatenate([chunk for _, chunk in iter_frames(film, np.arange(70))])
+    asked = dict(**NAMES, start=start, stop=stop)
+    read = plain.predict(film, **asked)
+    for frames in (images, torch.from_numpy(images), images[:, ::-1][:, ::-1]):
+        answer = plain.predict(frames, fps=10, **asked)
+        assert answer.frames == read.frames and (answer.start, answer.stop) == (read.start, read.stop) and same(answer, read)
+    along, pieces = (list(plain.predict_along(one, **asked, every=1.0, **rate)) for one, rate in ((film, {}), (images, dict(fps=np.float32(10)))))
+    assert [a.frames for a in along] == [a.frames for a in pieces] and all(map(same, along, pieces))
+
+
+FRAMES = np.zeros((4, 8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize("asked, message", [
+    (dict(video=3), "This is 3$"), (dict(video=None), "This is None$"), (dict(video=b"kitchen.mp4"), "This is a bytes$"), (dict(video={"a": 1}), "This is a dict$"),
+    (dict(video=iter(["a.mp4"])), "This is a list_iterator$"), (dict(video=FRAMES), "fps, the number of frames per second, must be given and above 0, not None"),
+    (dict(video=FRAMES, fps=0), "above 0, not 0"), (dict(video=FRAMES, fps="25"), "not a str"), (dict(video=FRAMES, fps=float("nan")), "above 0, not nan"),
+    (dict(video=FRAMES.astype(float), fps=5), r"uint8 of shape \(T, H, W, 3\), RGB, at least one, not float64 of shape \(4, 8, 8, 3\)"),
+    (dict(video=torch.zeros(4, 8, 8, 3), fps=5), r"not float32 of shape \(4, 8, 8, 3\)"), (dict(video=FRAMES[:0], fps=5), r"not uint8 of shape \(0, 8, 8, 3\)"),
+    (dict(video=FRAMES[0], fps=5), r"of a single frame give frames\[None\]"), (dict(video=FRAMES.transpose(0, 3, 1, 2), fps=5), "colours come last"),
+    (dict(video=[1, 2, 3]), "holds the paths of files, and this one 1;"), (dict(video=[FRAMES[0]]), r"this one an array of uint8 and shape \(8, 8, 3\)"),
+    (dict(video="film.mp4", fps=5), "film.mp4: fps belongs to frames"), (dict(video=["film.mp4"], fps=5), "fps belongs to frames"),
+    (dict(video=FRAMES, fps=5, nouns=3), "nouns must be a list of names.*not 3"), (dict(video=FRAMES, fps=5, nouns="pan"), "nouns must be a list of names.*not a str"),
+    (dict(video=FRAMES, fps=5, nouns=[0, 1]), "nouns must be a list of names, and this one holds 0"), (dict(video=FRAMES, fps=5, nouns={"pan": 1}), "not a dict"),
+    (dict(video=FRAMES, fps=5, nouns=np.zeros((2, 2))), r"not an array of float64 and shape \(2, 2\)"), (dict(video=FRAMES, fps=5, top=np.ones(900)), "top, how many.*not an array of float64"),
+    (dict(video=FRAMES, fps=5, top=0), "at least 1, not 0"), (dict(video=FRAMES, fps=5, start="1"), "start is a number of seconds, not a str"),
+    (dict(video=["film.mp4"], stop=[2]), "stop is a number of seconds, not a list")])
+def test_what_is_of_a_wrong_type_is_said_in_one_line_without_its_content(plain, asked, message):
+    with pytest.raises(DataError, match=message) as caught:
+        plain.predict(**NAMES | asked)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 260
+
+
+@pytest.mark.parametrize("asked, message", [(dict(frames=3), "a stream is frames.*not 3"), (dict(frames="rtsp://camera"), "open_stream"), (dict(frames=[], fps="5"), "fps is a number"),
+                                            (dict(frames=[], fps=None), "frames per second"), (dict(frames=[], every=None), "above 0"), (dict(frames=[1]), "uint8 of shape")])
+def test_a_stream_of_a_wrong_type_is_said(plain, asked, message):
+    with pytest.raises(DataError, match=message):
+        list(plain.stream(**NAMES | dict(fps=5) | asked))
+
+
+def test_of_a_list_each_video_has_its_answer_or_its_error(plain, film, tmp_path):
+    (tmp_path / "broken.mp4").write_text("no video")
+    (tmp_path / "empty").mkdir()
+    names = [film, tmp_path / "broken.mp4", str(film), tmp_path / "missing.mp4", tmp_path / "empty", "a\0b.mp4", "x" * 5000 + ".mp4", film]
+    found = plain.predict(names, nouns=iter(NAMES["nouns"]), verbs=NAMES["verbs"], start=1.0)
+    alone = plain.predict(film, **NAMES, start=1.0)
+    assert [isinstance(one, DataError) for one in found] == [False, True, False, True, True, True, True, False]
+    assert all(same(one, alone) for one in found[::2] if isinstance(one, Recognition)) and same(found[-1], alone)
+    assert "broken.mp4" in str(found[1]) and all(one.__traceback__ is None for one in found if isinstance(one, DataError))
+    assert plain.predict([], **NAMES) == [] and len(plain.predict((film,), **NAMES)) == 1
+    with pytest.raises(DataError, match="give a list of nouns"):  # the question itself is refused at once
+        plain.predict([film])
+    late = plain.predict([film], **NAMES, start=99.0)
+    assert isinstance(late[0], DataError) and "no stretch" in str(late[0])
+
+
+class Tied(nn.Module):
+    "Weights that share memory in every way: tied, a view, a transposed view, one number repeated."
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.second.weight = self.first.weight
+        whole = torch.linspace(0, 1, 2 * width)
+        self.register_buffer("part", whole[:width])
+        self.register_buffer("other", whole.view(2, width).T[:, 0])
+        self.register_buffer("repeated", torch.ones(1).expand(width))
+
+    def forward(self, batch: Batch, classes) -> torch.Tensor:
+        x = batch.video.mean(1)
+        x = x + self.second(torch.tanh(self.first(x))) + self.part * self.other * self.repeated
+        return cosine_logits(classes.text, None, x, 100.0)
+
+
+def test_weights_that_share_memory_are_saved_and_give_the_same_answers(run, film, tmp_path):
+    first = Recognizer.from_pretrained(run.folder, device="cpu")
+    own = Recognizer(first.encoder, {"noun": Tied(first.encoder.dim)}, {"noun": run.config})
+    with torch.no_grad(): own.methods["noun"].part.add_(0.5)
+    own.save_pretrained(tmp_path / "saved")
+    again = Tied(first.encoder.dim)
+    load_trained(again, tmp_path / "saved/noun.safetensors")
+    assert again.second.weight is again.first.weight
+    assert own.predict(film, nouns=NAMES["nouns"]).nouns.equals(Recognizer(first.encoder, {"noun": again}, {"noun": run.config}).predict(film, nouns=NAMES["nouns"]).nouns)
+
+
+TIED_CODE = """
+import torch
+from torch import nn
+from xmic.adapter import cosine_logits
+
+class Tied(nn.Module):
+    def __init__(self, config, on):
+        super().__init__()
+        dim = on.dim
+        self.first, self.second = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.second.weight = self.first.weight
+        self.register_buffer("part", torch.linspace(0, 1, 2 * dim)[:dim])
+        self.register_buffer("repeated", torch.ones(1).expand(dim))
+
+    def forward(self, batch, classes):
+        x = batch.video.mean(1)
+        return cosine_logits(classes.text, None, x + self.second(torch.tanh(self.first(x))) * self.repeated + self.part, 100.0)
+"""
+
+
+def test_an_own_method_that_ties_weights_is_trained_resumed_saved_and_loaded(run, film, tmp_path):
+    (tmp_path / "own.py").write_text(TIED_CODE)
+    config = replace(run.config, method=f"{tmp_path / 'own.py'}:Tied", name=None, runs_root=str(tmp_path / "runs"), epochs=3)
+    whole = train(config)
+    with pytest.MonkeyPatch.context() as patch:  # stopped in the middle, and run again
+        patch.setattr("xmic.training._finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt): train(replace(config, runs_root=str(tmp_path / "again")))
+    again = train(replace(config, runs_root=str(tmp_path / "again")))
+    states = [load_file(one.folder / "model.safetensors") for one in (whole, again)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0]) and torch.equal(states[0]["first.weight"], states[0]["second.weight"])
+    recognizer = Recognizer.from_pretrained(whole.folder, "cpu", trust_code=True)
+    recognizer.save_pretrained(tmp_path / "saved")
+    (tmp_path / "own.py").unlink()  # its file is in the folder
+    for folder in (tmp_path / "runs", tmp_path / "again"): shutil.rmtree(folder)
+    reloaded = Recognizer.from_pretrained(tmp_path / "saved", "cpu", trust_code=True)
+    with pytest.raises(DataError, match="nothing is run because a file names it"): Recognizer.from_pretrained(tmp_path / "saved", "cpu")
+    assert not any(str(tmp_path) in text for text in (tmp_path / "saved/config.json").read_text().split('"') if text.endswith(":Tied"))
+    assert recognizer.predict(film, nouns=NAMES["nouns"]).nouns.equals(reloaded.predict(film, nouns=NAMES["nouns"]).nouns)
 
 
 def test_a_detector_that_gives_too_few_boxes_is_refused(plain, film):

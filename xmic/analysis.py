@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from .classes import ClassSet
 from .evaluation import accuracy, mean_per_class
 from .names import visible
-from .files import DataError, check_trust, did_you_mean, from_root, read_json, settings
+from .files import DataError, check_trust, did_you_mean, figure_text, from_root, read_json, settings
 from .paper import harmonic_mean, over_seeds
 from .segments import head_classes, read_classes, read_epic_tail, read_epic_unseen, read_segments
 
@@ -131,11 +131,11 @@ def plot_accuracies(
             bar = part[part["method"] == method].set_index("group").reindex(counts.index)
             at = np.arange(len(counts)) + ((place + 0.5) / len(there) - 0.5) * 0.8
             ax.bar(at, bar["value"], 0.8 / len(there), yerr=[bar["value"] - bar["low"], bar["high"] - bar["value"]], capsize=2, color=colours[method])
-        ax.set_title(f"{source} → {dataset}, {kind}", fontsize=10)
-        ax.set(xticks=range(len(counts)), xticklabels=[f"{group}\n{n:,}" for group, n in counts.items()])
+        ax.set_title(figure_text(f"{source} → {dataset}, {kind}"), fontsize=10)
+        ax.set(xticks=range(len(counts)), xticklabels=[figure_text(f"{group}\n{n:,}") for group, n in counts.items()])
     axes[0][0].set(ylabel=f"{measure.replace('_', ' ')} (%)")
     squares = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
-    axes[0][-1].legend(squares, colours, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    axes[0][-1].legend(squares, [figure_text(method) for method in colours], loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     sns.despine(fig)
     return fig
 
@@ -348,10 +348,10 @@ def plot_reliability(
             own = part[part["method"] == method]
             found, error = reliability(own, bins), np.mean([calibration_error(lines, bins) for _, lines in own.groupby("run")])
             there = found[found["count"] > 0]
-            upper.plot(there["confidence"], there["accuracy"], marker="o", ms=3, label=method)
+            upper.plot(there["confidence"], there["accuracy"], marker="o", ms=3, label=figure_text(method))
             lower.stairs(found["count"] / own["run"].nunique(), np.append(found["low"], 100), color=sns.color_palette()[place])
             upper.text(0.03, 0.97 - 0.1 * place, f"ECE {error:.1f}", transform=upper.transAxes, va="top", fontsize=8, color=sns.color_palette()[place])
-        upper.set(title=f"{'source' if dataset == part['source'].iloc[0] else 'target'}: {dataset}")
+        upper.set(title=figure_text(f"{'source' if dataset == part['source'].iloc[0] else 'target'}: {dataset}"))
         lower.set(xlabel="confidence (%)")
     axes[0][0].set(ylabel="accuracy (%)"); axes[1][0].set(ylabel="segments")
     axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
@@ -459,7 +459,7 @@ def plot_differences(
             else:
                 ax.plot([line.low, line.high], [at, at], color=colours[line.verdict])
                 ax.plot(line.difference, at, "o", ms=4, color=colours[line.verdict])
-        ax.set(title=f"{source}, {kind}\n{column}", xlabel="points", yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
+        ax.set(title=figure_text(f"{source}, {kind}\n{column}"), xlabel="points", yticks=range(len(rows)), yticklabels=[figure_text(row) for row in rows], ylim=(len(rows) - 0.5, -0.5))
     sns.despine(fig)
     return fig
 
@@ -509,12 +509,12 @@ def plot_confusions(
     counts = pd.crosstab(lines["label"], taken).reindex(index=shown, columns=[*shown, "others"], fill_value=0)
     size = 0.9 + 0.07 * max(map(len, shown), default=1) + 0.36 * len(shown)
     fig, ax = plt.subplots(figsize=(size + 0.8, size), dpi=72, constrained_layout=True)
-    share = 100 * counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
+    share = (100 * counts.div(counts.sum(axis=1).clip(lower=1), axis=0)).rename(index=figure_text, columns=figure_text)
     sns.heatmap(share, annot=counts, fmt="d", cmap="Blues", vmin=0, vmax=100, ax=ax, annot_kws=dict(size=8), xticklabels=True, yticklabels=True,
                 cbar_kws=dict(label="% of the label's segments"))
     ax.tick_params(axis="x", rotation=90)
     ax.tick_params(axis="y", rotation=0)
-    ax.set(xlabel="predicted", ylabel="label", title=f"{lines['dataset'].iloc[0]}, {lines['kind'].iloc[0]}")
+    ax.set(xlabel="predicted", ylabel="label", title=figure_text(f"{lines['dataset'].iloc[0]}, {lines['kind'].iloc[0]}"))
     return fig
 
 # %% ../nbs/25_analysis.ipynb #eb5c0db5

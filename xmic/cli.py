@@ -13,8 +13,10 @@ import re
 import sys
 import warnings
 from collections import Counter
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterable, Iterator, Optional
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Optional
 
 import typer
 from typer.core import TyperGroup
@@ -100,6 +102,7 @@ def _names(given: Optional[str], kind: str) -> "ClassSet | None":
 # %% ../nbs/40_cli.ipynb #b84dfd42
 def videos(
     given: Iterable[str],  # files, folders of videos, folders of frames, streams
+    recursive: bool = False,  # whether the folders in these folders are searched, too
 ) -> list[str]:
     "Each video and stream, folders opened. Raises `DataError` for a folder without any."
     from xmic.names import VIDEO_ENDINGS, Finder, is_video, numbered_pictures
@@ -111,11 +114,27 @@ def videos(
         if not path.is_dir() or not inside and numbered_pictures(path):
             found.append(one)
             continue
+        if recursive: inside = _below(path)
         if not inside:
             from xmic.files import DataError
-            raise DataError(f"{one}: holds neither videos ({', '.join(VIDEO_ENDINGS)}) nor frames (frame_0000000001.jpg and so on)")
+            raise DataError(f"{one}: holds neither videos ({', '.join(VIDEO_ENDINGS)}) nor frames (frame_0000000001.jpg and so on)" +
+                            "; --recursive searches the folders in it" * (not recursive))
         found += inside
     return found
+
+
+def _below(folder: Path) -> list[str]:
+    "The videos and folders of frames below a folder, in the order of their relative paths; what is hidden is skipped."
+    from xmic.names import is_hidden, is_video, numbered_pictures
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        inside = [Path(place, name) for name in names if is_video(name)]
+        if not inside and numbered_pictures(place):
+            inside = [Path(place)]
+            folders.clear()
+        found += inside
+    return [str(path) for path in sorted(found, key=lambda path: path.relative_to(folder).parts)]
 
 # %% ../nbs/40_cli.ipynb #b840bb85
 def _recognizer(models: list[str], encoder: Optional[str], weights: Optional[str], device: Optional[str],
@@ -270,10 +289,14 @@ def predict(
     detector: Optional[str] = typer.Option(None, metavar="NAME", help="What finds hands where no boxes are given: mediapipe."),
     detector_model: Optional[str] = typer.Option(None, metavar="FILE", help="The detector's file."),
     json_lines: bool = typer.Option(False, "--json", help="A line of JSON for each stretch, and nothing else, on the standard output."),
+    recursive: bool = typer.Option(False, "--recursive", "-r", help="Search the folders in the folders given, too."),
+    table: Optional[Path] = typer.Option(None, "--csv", metavar="PATH", help="Write a table: a file, or a folder for several videos."),
+    subtitles: Optional[Path] = typer.Option(None, "--srt", metavar="PATH", help="Write subtitles, the same way."),
+    tiers: Optional[Path] = typer.Option(None, "--elan", metavar="PATH", help="Write tiers of verbs and nouns for ELAN (.eaf), the same way."),
     page: Optional[Path] = typer.Option(None, "--html", metavar="PATH", help="Write a page to look at: a file, or a folder for several videos."),
     annotated: Optional[Path] = typer.Option(None, "--video", metavar="PATH", help="Write the video, or the part from --start to --stop, with the answers "
                                              "in it: a file, or a folder for several."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Overwrite pages and annotated videos that exist. The videos given are never overwritten."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Overwrite files that exist. The videos given are never overwritten."),
     fps: Optional[float] = typer.Option(None, min=0.1, metavar="NUMBER", help="Frames per second of a stream that does not say, or of a folder of frames."),
     first_frame: Optional[int] = typer.Option(None, min=0, metavar="NUMBER", help="Number of the first frame in the names of a folder of frames; without it, 0 or 1."),
     backend: str = typer.Option("decord", metavar="NAME", help="What reads files: decord, pyav, torchcodec, or code of your own as reader.py:Name."),
@@ -286,10 +309,11 @@ def predict(
     reads = Backend(backend, fps, first_frame)
     reads.check()
     length, begin, end = (None if t in (None, "all") else seconds(t) for t in (every, start, stop))
-    given = videos(video)
-    pages, films = _outputs(page, given, ".html"), _outputs(annotated, given, ".mp4")
+    given = videos(video, recursive)
+    asked = {".csv": table, ".srt": subtitles, ".eaf": tiers, ".html": page, ".mp4": annotated}
+    outputs = {ending: _outputs(place, given, ending) for ending, place in asked.items() if place}
     inputs = _inputs([*given, nouns, verbs, weights, boxes, detector_model], model)
-    for place in filter(None, [*pages, *films]): check_output(place, inputs, overwrite, "--overwrite")
+    for place in filter(None, chain(*outputs.values())): check_output(place, inputs, overwrite, "--overwrite")
     ask = dict(nouns=_names(nouns, "noun"), verbs=_names(verbs, "verb"), top=top)
     from xmic.timeline import Timeline, is_stream
     if (fps or first_frame is not None) and not any(is_stream(one) or Path(one).is_dir() for one in given):
@@ -301,14 +325,14 @@ def predict(
         raise DataError(f"{stream}: the frames of a stream are gone once they are seen; --video needs a file")
     recognizer = _recognizer(model, encoder, weights, device, trust_code)
     failed = 0
-    for one, html_file, video_file in zip(given, pages, films):
+    for number, one in enumerate(given):
         try:
             if why := _nameless(ask["boxes"], one): _say(why)
             seen: list[str] = []
             line = Timeline(one, [])
             extra = {} if is_stream(one) else dict(backend=reads)
             for answer in _answers(recognizer, one, ask | extra, length, begin, end, fps):
-                if page or annotated: line.answers.append(answer)
+                if outputs: line.answers.append(answer)
                 if json_lines:
                     typer.echo(_json(dict(video=one, **answer.as_dict())))
                     continue
@@ -316,13 +340,14 @@ def predict(
                 typer.echo(_rows(answer, not seen))
                 seen = answer.notes
                 sys.stdout.flush()
-            if html_file and line.answers:
-                line.to_html(html_file, overwrite)
-                _say(f"{html_file} written")
-            if video_file and line.answers:
-                line.annotate(video_file, reads, overwrite)
-                part = f", the part from {line.answers[0].start:.1f} to {line.answers[-1].stop:.1f} s" if start or stop else ""
-                _say(f"{video_file} written{part}")
+            for ending, places in outputs.items():
+                output = places[number]
+                if output is None or not line.answers: continue
+                part = f", the part from {line.answers[0].start:.1f} to {line.answers[-1].stop:.1f} s" if ending == ".mp4" and (start or stop) else ""
+                writers: dict[str, Callable[..., None]] = {".csv": line.to_csv, ".srt": line.to_srt, ".eaf": line.to_elan, ".html": line.to_html,
+                                                           ".mp4": partial(line.annotate, backend=reads)}
+                writers[ending](output, overwrite=overwrite)
+                _say(f"{output} written{part}")
         except DataError as e:
             _say(e)
             failed += 1

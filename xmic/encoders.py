@@ -885,7 +885,7 @@ def embed_classes(
     classes = ClassEmbeddings(tuple(prompts), encoder.encode_text(list(prompts)))
     if path:
         with whole_file(path) as part:
-            save_file({"text": classes.text.cpu()}, part, {"names": names, "fingerprint": encoder.fingerprint})
+            save_file({"text": classes.text.cpu().contiguous()}, part, {"names": names, "fingerprint": encoder.fingerprint})
     return classes
 
 

@@ -7,8 +7,9 @@ __all__ = ['PLAIN', 'brief', 'DataError', 'project_root', 'expand', 'from_root',
            'writable', 'locked', 'one_at_a_time', 'remove_leftovers', 'sync_folder', 'whole_file', 'write_json',
            'parse_json', 'read_json', 'check_output', 'read_text', 'read_table', 'Named', 'Foreign', 'PlainDict',
            'plain_key', 'plain_dict', 'from_table', 'read_pickle', 'check_pickle', 'check_archive', 'did_you_mean',
-           'markdown_text', 'markdown_code', 'latex_text', 'settings', 'notebook_settings', 'progress_bar', 'is_code',
-           'code_name', 'code_file', 'code_sha256', 'load_code', 'check_trust']
+           'markdown_text', 'markdown_code', 'latex_text', 'figure_text', 'spreadsheet_text', 'settings',
+           'notebook_settings', 'progress_bar', 'is_code', 'code_name', 'code_file', 'code_sha256', 'load_code',
+           'check_trust']
 
 # %% ../nbs/00_files.ipynb #951bf47b
 import difflib
@@ -658,6 +659,23 @@ def latex_text(
 ) -> str:  # in one line
     "A text for LaTeX, which sets it as it is."
     return " ".join(str(text).split()).translate(_LATEX)
+
+# %% ../nbs/00_files.ipynb #c3a9d150
+def figure_text(
+    text: object,
+) -> str:
+    "A text for a matplotlib figure, which shows its dollar signs and sets no formula."
+    return str(text).replace("$", r"\$")
+
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # what a spreadsheet takes for the beginning of a formula
+
+
+def spreadsheet_text(
+    text: object,
+) -> str:
+    "A text for a CSV file that people open in a spreadsheet: where it would be run as a formula, an apostrophe comes first."
+    return f"'{text}" if str(text).startswith(_FORMULA) else str(text)
 
 # %% ../nbs/00_files.ipynb #bd36f541
 _YAML_TEXT = re.compile(r"[+-]?\d+[eE][+-]?\d+")  # 1e-6 is a text to YAML, and thus to papermill

@@ -24,7 +24,7 @@ from .adapter import XMIC
 from .classes import ClassSet
 from .clips import wanted_frames
 from .features import ExtractConfig, hand_boxes
-from .files import DataError, from_root
+from .files import DataError, figure_text, from_root
 from .hands import HandBoxes
 from .training import RunResult, pick_device, restore, test_batches
 from .video import frame_indices, probe, read_frames
@@ -140,14 +140,14 @@ def plot_answers(
                              width_ratios=[1.6] * frames + [2.6] * 2)
     for line, row in zip(axes, rows):
         _strip(line[:frames], after.segments.iloc[row], boxes)
-        line[0].set_title(after.classes.names[after.labels[row]], loc="left", fontsize=9)
+        line[0].set_title(figure_text(after.classes.names[after.labels[row]]), loc="left", fontsize=9)
         for ax, seen, name in zip(line[frames:], (before, after), names):
             best = seen.best(row)
             ax.barh(range(len(best)), best.share, color=np.where(best.right, "tab:green", "lightgray"))
             ax.set(yticks=range(len(best)), xlim=(0, 100), xticks=[])
-            ax.set_yticklabels(best.name, fontsize=8)
+            ax.set_yticklabels([figure_text(name) for name in best.name], fontsize=8)
             ax.invert_yaxis()
-            ax.set_title(f"{name}, {best.share[0]:.0f} %", fontsize=9)
+            ax.set_title(figure_text(f"{name}, {best.share[0]:.0f} %"), fontsize=9)
             sns.despine(ax=ax, bottom=True)
     return fig
 
@@ -183,8 +183,8 @@ def plot_degrees(
         at = np.arange(len(order))
         ax.fill_between(at, low[order], high[order], alpha=0.25, lw=0, label="80 % of the segments")
         ax.plot(at, mean[order], ".-", ms=3, label="mean")
-        names = [seen.classes.names[i] for i in order]
-        ax.set(title=title, xlabel=f"classes\nleast: {', '.join(names[:named])}\nmost: {', '.join(names[-named:])}", xticks=[], ylabel="degrees")
+        names = [figure_text(seen.classes.names[i]) for i in order]
+        ax.set(title=figure_text(title), xlabel=f"classes\nleast: {', '.join(names[:named])}\nmost: {', '.join(names[-named:])}", xticks=[], ylabel="degrees")
     axes[0][0].set_ylim(0, None)
     axes[0][-1].legend(frameon=False, fontsize=8, loc="lower right")
     sns.despine(fig)
@@ -200,8 +200,8 @@ def plot_attention(
         if "spatial" in seen.attention:
             sns.heatmap(100 * seen.attention["spatial"].mean((0, 1)).numpy(), annot=True, fmt=".0f", vmin=0, vmax=100, cmap="Blues", cbar=False, square=True,
                         xticklabels=seen.views, yticklabels=seen.views, ax=ax)
-        ax.set_title(title, fontsize=9)
-    time = [dict(run=title, frame=t + 1, received=float(v)) for title, seen in looks.items() if "temporal" in seen.attention
+        ax.set_title(figure_text(title), fontsize=9)
+    time = [dict(run=figure_text(title), frame=t + 1, received=float(v)) for title, seen in looks.items() if "temporal" in seen.attention
             for t, v in enumerate(seen.attention["temporal"].mean((0, 1)) * seen.attention["temporal"].shape[-1])]
     if time:
         sns.lineplot(pd.DataFrame(time), x="frame", y="received", hue="run", marker="o", ms=4, ax=axes[0][-1])

@@ -366,7 +366,7 @@ def convert_checkpoint(
     config, state = fit_weights(state, config, path)
     try:
         with whole_file(to) as part:
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, part)
+            save_file({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}, part)
             write_json(about, dict(file=path.name, md5=digest, sha256=_digest(part, "sha256"), config=asdict(config), **plain))
     except OSError as e:
         raise DataError(f"{to}: cannot be written ({e.strerror}); convert {path.name} elsewhere with convert_checkpoint(path, config, to=...) "

@@ -380,7 +380,7 @@ def save_encoder(
     token_ids: Tensor | None = None,  # (K,) of the rows of the token table in `state`
 ) -> str:  # SHA-256 of the file
     "Writes the weights in float16, whole or not at all."
-    tensors = {name: tensor.detach().cpu().half().contiguous() for name, tensor in state.items()}
+    tensors = {name: tensor.detach().cpu().half().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
     if token_ids is not None: tensors["token_ids"] = token_ids.to(torch.int32)
     with whole_file(path) as part:
         save_file(tensors, part)

@@ -8,6 +8,8 @@ __all__ = ['Recognition', 'json_rows', 'read_names', 'SampledFrames', 'Recognize
 # %% ../nbs/28_recognizer.ipynb #90f26107
 import io
 import json
+import math
+import os
 import re
 import shlex
 import tempfile
@@ -17,7 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence, overload
 
 import huggingface_hub
 import numpy as np
@@ -34,12 +36,12 @@ from .clips import READ_AT_ONCE, wanted_frames
 from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts, feature_width
 from .features import resize_policy
 from .names import plain_name
-from .files import (DataError, brief, cache_folder, check_output, code_name, expand, from_root, markdown_code, markdown_text, read_json,
+from .files import (DataError, brief, cache_folder, check_output, code_file, code_name, code_sha256, expand, from_root, is_code, markdown_code, markdown_text, read_json,
                         read_text, whole_file, write_json)
 from .hands import Box, HandBoxes, HandDetector, on_frame
 from .streams import Batch
-from .config import PIXELS, TrainConfig, build_method, reads_context, resolve_saved, text_tower
-from .training import check_shapes, load_trained
+from .config import PIXELS, TrainConfig, _kept, build_method, reads_context, resolve_saved, text_tower
+from .training import check_shapes, dense_state, load_trained
 from .video import Backend, VideoInfo, frame_indices, iter_frames, probe
 
 # %% ../nbs/28_recognizer.ipynb #d3513df4
@@ -128,15 +130,36 @@ def _own_names(names: tuple[str, ...], kind: str) -> ClassSet:
     return ClassSet.from_names(names, kind)
 
 
+def _shown(value: object) -> str:
+    "A wrong value, for a message in one line: a number as it is, of anything else what it is, without what it holds."
+    if value is None or isinstance(value, (bool, float)) or isinstance(value, int) and abs(value) < 1e15: return repr(value)
+    if isinstance(value, (np.ndarray, Tensor)):
+        return f"{'a tensor' if isinstance(value, Tensor) else 'an array'} of {str(value.dtype).removeprefix('torch.')} and shape {tuple(value.shape)}"
+    return f"a {brief(type(value).__name__, 40)}"
+
+
+def _check_seconds(**given: Any) -> None:
+    "`DataError` for what is neither a number nor None."
+    for name, value in given.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating))):
+            raise DataError(f"{name} is a number of seconds, not {_shown(value)}")
+
+
 def _classes(nouns: Sequence[str] | ClassSet | None, verbs: Sequence[str] | ClassSet | None) -> dict[str, ClassSet]:
     "By kind. `DataError` if there are none."
     given = {kind: names for kind, names in (("noun", nouns), ("verb", verbs)) if names is not None}
     if not given:
         raise DataError("give a list of nouns, of verbs, or both")
-    for kind, names in given.items():
-        if not isinstance(names, ClassSet) and (isinstance(names, str) or not all(isinstance(name, str) for name in names)):
-            raise DataError(f"{kind}s must be a list of names, not {brief(repr(names))}")
-    return {kind: names if isinstance(names, ClassSet) else _own_names(tuple(names), kind) for kind, names in given.items()}
+    return {kind: names if isinstance(names, ClassSet) else _own_names(_listed(names, kind), kind) for kind, names in given.items()}
+
+
+def _listed(names: Any, kind: str) -> tuple[str, ...]:
+    if isinstance(names, (str, bytes, Mapping)) or not isinstance(names, (Iterable, np.ndarray)) or getattr(names, "ndim", 1) != 1:
+        raise DataError(f'{kind}s must be a list of names, such as ["pan", "knife"], not {_shown(names)}')
+    given = tuple(names)
+    if odd := [name for name in given if not isinstance(name, str)]:
+        raise DataError(f"{kind}s must be a list of names, and this one holds {_shown(odd[0])}")
+    return given
 
 # %% ../nbs/28_recognizer.ipynb #e0c4e81d
 class _Texts:
@@ -163,6 +186,47 @@ class _Texts:
             return embed_prompts(self.encoder, names, template)
 
 # %% ../nbs/28_recognizer.ipynb #5fe58340
+_Read = Callable[[np.ndarray, int], Iterator[tuple[np.ndarray, np.ndarray]]]  # frame numbers, how many at once -> numbers and frames
+_Source = tuple[str, VideoInfo, _Read]  # the name of a video, what is known of it, and what reads it
+
+
+def _file(video: Any, backend: str | Backend, fps: float | None) -> _Source:
+    if fps is not None:
+        if not os.path.isdir(video):
+            raise DataError(f"{video}: fps belongs to frames in memory and to folders of frames; the frames of a file have times of their own, so leave it out")
+        backend = replace(Backend.of(backend), fps=_rate(fps))
+    return os.fspath(video), probe(video, backend), lambda wanted, size: iter_frames(video, wanted, size, backend)
+
+
+def _frames(frames: Any, fps: Any) -> _Source:
+    "Frames in memory; `DataError` unless they are uint8 of shape (T, H, W, 3) and have a rate."
+    shape, kind = tuple(frames.shape), str(frames.dtype).removeprefix("torch.")
+    if kind != "uint8" or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+        hint = "; of a single frame give frames[None]" if len(shape) == 3 and shape[2] == 3 else \
+            "; colours come last: permute the axes (0, 2, 3, 1)" if len(shape) == 4 and shape[1] == 3 != shape[3] else ""
+        raise DataError(f"frames are uint8 of shape (T, H, W, 3), RGB, at least one, not {kind} of shape {shape}{hint}")
+    rate = _rate(fps)
+
+    def read(wanted: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for part in (wanted[i:i + size] for i in range(0, len(wanted), size)):
+            yield part, frames[part] if isinstance(frames, np.ndarray) else frames[torch.from_numpy(part).to(frames.device)].cpu().numpy()
+    return "frames", VideoInfo(shape[0], rate, shape[2], shape[1]), read
+
+
+def _rate(fps: Any) -> float:
+    if isinstance(fps, bool) or not isinstance(fps, (int, float, np.integer, np.floating)) or not 0 < fps < math.inf:
+        raise DataError(f"fps, the number of frames per second, must be given and above 0, not {_shown(fps)}")
+    return float(fps)
+
+
+def _opened(video: Any, backend: str | Backend, fps: float | None) -> _Source:
+    "A file, a folder of frames, or frames in memory. `DataError` for anything else."
+    if isinstance(video, (str, os.PathLike)): return _file(video, backend, fps)
+    if isinstance(video, (np.ndarray, Tensor)): return _frames(video, fps)
+    raise DataError("a video is the path of a file or of a folder of frames, or frames as a uint8 array of shape (T, H, W, 3) with fps; "
+                    f"`predict` also takes a list of paths. This is {_shown(video)}")
+
+
 def _stretch(video: str | Path, info: VideoInfo, start: float | None, stop: float | None) -> SimpleNamespace:
     "The stretch as a segment; `DataError` if the video has no such stretch."
     begin, end = float(info.times[0]) if start is None else start, info.duration if stop is None else stop
@@ -299,7 +363,7 @@ def _local(
     if not isinstance(folder, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", folder):
         raise DataError(f"{folder}: no such folder; give the folder of a finished run or of a saved recognizer, or a model's id on the Hub (owner/name)")
     try:
-        return Path(huggingface_hub.snapshot_download(folder, allow_patterns=["config.json", "*.safetensors", "README.md"]))
+        return Path(huggingface_hub.snapshot_download(folder, allow_patterns=["config.json", "*.safetensors", "README.md", "code/*.py"]))
     except Exception as e:
         offline = huggingface_hub.constants.HF_HUB_OFFLINE
         raise DataError(f"{folder}: no such folder, and not among the models that were downloaded before; " + (
@@ -330,7 +394,20 @@ def _portable(config: TrainConfig) -> dict:
     plain = TrainConfig()
     places = dict(data_root=None, features_root=plain.features_root, runs_root=plain.runs_root, device=None, progress=plain.progress)
     roots = {name: root for name, root in config.target_roots.items() if not Path(root).is_absolute()}
-    return asdict(config) | places | kept | dict(target_roots=roots)
+    return asdict(config) | places | kept | dict(target_roots=roots) | _portable_method(config)
+
+
+def _portable_method(config: TrainConfig) -> dict:
+    "How a config names a method of one's own whose file lies beside it."
+    if not is_code(config.method): return {}
+    sha256 = code_sha256(config.method)[config.method]
+    stem = Path(config.method.rpartition(":")[0]).stem.removesuffix(f"-{sha256[:8]}")
+    method = f"{stem}.py:{code_name(config.method)}"
+    return dict(method=method, code={name: value for name, value in config.code.items() if name != config.method and code_name(name) != code_name(method)} | {method: sha256})
+
+
+def _code_beside(folder: Path, saved: dict) -> Path | None:  # None: the method is the kit's
+    return _kept(folder, saved["method"], saved["code"][saved["method"]]) if is_code(saved["method"]) else None
 
 # %% ../nbs/28_recognizer.ipynb #6ef82447
 _DATA = {"epic": ("EPIC-KITCHENS-100", "CC BY-NC 4.0"), "egtea": ("EGTEA Gaze+", "research use; the owners state no more"),
@@ -527,7 +604,9 @@ class Recognizer:
                         name: str | None = None,  # on the card; None: the folder's
                         overwrite: bool = False,  # whether a recognizer that is there may be overwritten
                        ) -> None:
-        """Writes the adapters, how to build them, and a model card (README.md); the frozen encoder is named, not copied.
+        """Writes the adapters, how to build them (for a method of one's own also its file), and a model card (README.md).
+
+        The frozen encoder is named, not copied.
 
         `DataError` without an adapter, and for files that exist or that this recognizer was read from."""
         if not self.methods:
@@ -535,12 +614,17 @@ class Recognizer:
         folder, license = Path(folder), license or ("mit" if all(map(_rendered, self.configs.values())) else "other")
         card = _card(name or folder.name, self.encoder, self.configs, self.metrics, license, made)
         inputs: list[str | Path] = [self.encoder.weights, self.context.weights, *(file for place in self._folders for file in place.glob("*"))]
-        for file in (*(f"{kind}.safetensors" for kind in self.methods), "config.json", "README.md"):
-            check_output(folder / file, inputs, overwrite)
+        saved = {kind: _portable(c) for kind, c in self.configs.items()}
+        code = {place: code_file(self.configs[kind].method).read_bytes() for kind, c in saved.items() if (place := _code_beside(folder, c))}
+        for file in (*(folder / f"{kind}.safetensors" for kind in self.methods), folder / "config.json", folder / "README.md", *code):
+            check_output(file, inputs, overwrite)
         for kind, method in self.methods.items():
             with whole_file(folder / f"{kind}.safetensors") as part:
-                save_file({k: v.contiguous().cpu() for k, v in method.state_dict().items()}, part)
-        write_json(folder / "config.json", dict(adapters={kind: _portable(c) for kind, c in self.configs.items()}, metrics=self.metrics))
+                save_file(dense_state(method), part)
+        for place, content in code.items():
+            with whole_file(place) as part:
+                part.write_bytes(content)
+        write_json(folder / "config.json", dict(adapters=saved, metrics=self.metrics))
         with whole_file(folder / "README.md") as part:
             part.write_text(card, encoding="utf-8")
 
@@ -565,8 +649,14 @@ class Recognizer:
                                 "log in (hf auth login), and check the name, the rights and the network (HF_HUB_OFFLINE must not be set)") from None
         return str(address)
 
+    @overload
+    def predict(self, video: str | Path | np.ndarray | Tensor, *args: Any, **named: Any) -> Recognition: ...
+
+    @overload
+    def predict(self, video: list[Any] | tuple[Any, ...], *args: Any, **named: Any) -> list[Recognition | DataError]: ...
+
     def predict(self,
-                video: str | Path,  # a video file, or a folder of frame_%010d.jpg
+                video: Any,  # a file, a folder of frame_%010d.jpg, frames (T, H, W, 3) uint8 (numpy, torch) with `fps`, or a list of files and folders
                 nouns: Sequence[str] | ClassSet | None = None,  # names that compete; None: no nouns are recognised
                 verbs: Sequence[str] | ClassSet | None = None,
                 top: int = 5,  # how many of each
@@ -574,12 +664,29 @@ class Recognizer:
                 stop: float | None = None,  # seconds; None: to the end
                 boxes: HandBoxes | HandDetector | None = None,  # with the video's file name (without ending) as segment and video id, or what finds them
                 backend: str | Backend = "decord",
-               ) -> Recognition:
-        "Recognises one stretch of a video. Raises `DataError` for names and times that cannot be, `VideoError` for frames that cannot be read."
-        return next(self.predict_along(video, nouns, verbs, top, None, start, stop, boxes, backend))
+                fps: float | None = None,  # frames per second of frames in memory; a file has times of its own
+               ) -> Recognition | list[Recognition | DataError]:  # of a list: for each, in its order, the answer, or the error where there is none
+        """Recognises one stretch of a video, or of each of a list of videos.
+
+        Raises `DataError` for names, times and types that cannot be, `VideoError` for frames that cannot be read; of a list, what is
+        wrong with one video is returned in its place, and the others have their answers."""
+        if not isinstance(video, (list, tuple)):
+            return next(self.predict_along(video, nouns, verbs, top, None, start, stop, boxes, backend, fps))
+        if odd := [one for one in video if not isinstance(one, (str, os.PathLike))]:
+            raise DataError(f"a list of videos holds the paths of files, and this one {_shown(odd[0])}; frames in memory are one array (T, H, W, 3)")
+        if fps is not None: raise DataError("fps belongs to frames in memory; of a list of files leave it out")
+        classes = self._checked(nouns, verbs, top)
+        _check_seconds(start=start, stop=stop)
+        answers: list[Recognition | DataError] = []
+        for one in video:
+            try:
+                answers.append(next(self.predict_along(one, classes.get("noun"), classes.get("verb"), top, None, start, stop, boxes, backend)))
+            except DataError as error:
+                answers.append(error.with_traceback(None))  # which would hold the frames
+        return answers
 
     def predict_along(self,
-                      video: str | Path,
+                      video: str | Path | np.ndarray | Tensor,
                       nouns: Sequence[str] | ClassSet | None = None,
                       verbs: Sequence[str] | ClassSet | None = None,
                       top: int = 5,
@@ -588,15 +695,17 @@ class Recognizer:
                       stop: float | None = None,
                       boxes: HandBoxes | HandDetector | None = None,
                       backend: str | Backend = "decord",
+                      fps: float | None = None,
                      ) -> Iterator[Recognition]:
         "Recognises one stretch after the other, as `predict` does, and decodes each frame once. In memory are the frames of about two stretches."
         classes = self._checked(nouns, verbs, top)
-        info = probe(video, backend)
+        _check_seconds(start=start, stop=stop, every=every)
+        name, info, read = _opened(video, backend, fps)
         stretches = []
-        for segment in _cut(_stretch(video, info, start, stop), info, every):
+        for segment in _cut(_stretch(name, info, start, stop), info, every):
             seen = wanted_frames(info, segment)
             stretches.append((segment, {n: seen[frame_indices(0, len(seen), n)] for n in self._counts(classes)}))
-        return self._read(video, stretches, classes, top, boxes, info, backend)
+        return self._read(read, stretches, classes, top, boxes, info)
 
     def stream(self,
                frames: Iterable[np.ndarray],  # (H, W, 3) uint8, RGB, all of one size
@@ -607,15 +716,20 @@ class Recognizer:
                every: float = 2.0,  # seconds of each stretch
                boxes: HandDetector | None = None,
               ) -> Iterator[Recognition]:
-        "Recognises stretches of a stream as they come; in memory are the frames that are looked at. What is left at the end counts from half a stretch on."
+        """Recognises stretches of a stream as they come; in memory are the frames that are looked at, of the first stretch up to three times as many.
+
+        What is left at the end counts from half a stretch on. A stream shorter than one stretch is one answer, if it has but one frame."""
         classes = self._checked(nouns, verbs, top)
-        if not (fps > 0 and every > 0) or hasattr(boxes, "box"):
+        if isinstance(frames, (str, bytes, os.PathLike)) or not isinstance(frames, (Iterable, np.ndarray, Tensor)):
+            raise DataError(f"a stream is frames that come one after the other, not {_shown(frames)}; for an address or a camera take xmic.timeline.open_stream")
+        _check_seconds(fps=fps, every=every)
+        if fps is None or every is None or not (0 < fps < math.inf and 0 < every < math.inf) or hasattr(boxes, "box"):
             raise DataError(f"a stream needs frames per second and seconds above 0, not {fps!r} and {every!r}, and finds hands by a detector or not at all")
         return self._watch(frames, fps, max(1, round(every * fps)), classes, top, boxes)
 
     def _checked(self, nouns: Any, verbs: Any, top: int) -> dict[str, ClassSet]:
-        if not isinstance(top, int) or top < 1:
-            raise DataError(f"top={top!r}: ask for one name at least")
+        if isinstance(top, bool) or not isinstance(top, (int, np.integer)) or top < 1:
+            raise DataError(f"top, how many names are asked for, is a whole number of at least 1, not {_shown(top)}")
         return _classes(nouns, verbs)
 
     def _config(self, kind: str) -> TrainConfig:
@@ -625,13 +739,12 @@ class Recognizer:
         "How many frames are looked at: nouns and verbs may have been trained with different numbers."
         return {self._config(kind).frames for kind in classes}
 
-    def _read(self, video: str | Path, stretches: list, classes: dict[str, ClassSet], top: int, boxes: Any, info: VideoInfo,
-              backend: str | Backend) -> Iterator[Recognition]:
+    def _read(self, read: _Read, stretches: list, classes: dict[str, ClassSet], top: int, boxes: Any, info: VideoInfo) -> Iterator[Recognition]:
         wanted = [np.unique(np.concatenate(list(looked.values()))) for _, looked in stretches]
         images: dict[int, np.ndarray] = {}
         done = 0
-        for indices, read in iter_frames(video, np.unique(np.concatenate(wanted)), max(READ_AT_ONCE, *map(len, wanted)), backend):
-            images.update(zip(indices.tolist(), read))
+        for indices, frames in read(np.unique(np.concatenate(wanted)), max(READ_AT_ONCE, *map(len, wanted))):
+            images.update(zip(indices.tolist(), frames))
             while done < len(stretches) and wanted[done][-1] <= indices[-1]:
                 segment, looked = stretches[done]
                 yield self._answer(classes, looked, {n: images[n] for n in wanted[done].tolist()}, top, segment, boxes, info)
@@ -642,6 +755,7 @@ class Recognizer:
         looked = {n: frame_indices(0, length, n) for n in self._counts(classes)}
         images: dict[int, np.ndarray] = {}
         wanted, number = set(np.concatenate(list(looked.values())).tolist()), -1
+        spare = _Spread(2 * max(looked))  # of a first stretch that may remain the only one, and short
 
         def answer(begin: int, stop: int, looked: dict[int, np.ndarray]) -> Recognition:
             height, width = next(iter(images.values())).shape[:2]
@@ -650,12 +764,21 @@ class Recognizer:
 
         for number, image in enumerate(frames):
             begin = number - number % length
-            if number - begin in wanted:
-                images[number] = _frame_of_stream(image, images)
+            if number - begin in wanted or number < length and spare.takes(number):
+                frame = _frame_of_stream(image, images or spare.images)
+                if number - begin in wanted: images[number] = frame
+                if number < length: spare.add(number, frame)
             if number == begin + length - 1:
                 yield answer(begin, number + 1, {n: begin + places for n, places in looked.items()})
                 images.clear()
-        if images and 2 * (number + 1 - begin) >= length:
+                spare.images.clear()
+        if 0 <= number < length - 1:
+            images |= spare.images
+            there = np.array(sorted(images))
+            short = {n: _nearest(frame_indices(0, number + 1, n), there) for n in looked}
+            images = {n: images[n] for n in set(np.concatenate(list(short.values())).tolist())}
+            yield answer(0, number + 1, short)
+        elif images and 2 * (number + 1 - begin) >= length:
             left = np.array(sorted(images))
             yield answer(begin, number + 1, {n: left[frame_indices(0, len(left), n)] for n in looked})
 
@@ -687,6 +810,31 @@ class Recognizer:
             if kind not in self.methods:
                 return plain, plain
             return score(self.methods[kind], frames.batch(config, self.encoder, self.context)), plain
+
+
+class _Spread:
+    "Frames spread evenly over what has come so far: every one, every second, every fourth, and so on."
+
+    def __init__(self, most: int):
+        self.most, self.step = most, 1
+        self.images: dict[int, np.ndarray] = {}
+
+    def takes(self, number: int) -> bool:
+        return number % self.step == 0
+
+    def add(self, number: int, image: np.ndarray) -> None:
+        if not self.takes(number): return
+        self.images[number] = image
+        if len(self.images) > self.most:
+            self.step *= 2
+            self.images = {n: i for n, i in self.images.items() if self.takes(n)}
+
+
+def _nearest(
+    wanted: np.ndarray,
+    there: np.ndarray,  # in ascending order
+) -> np.ndarray:  # of those that are there
+    return there[np.abs(wanted[:, None] - there).argmin(1)]
 
 
 def _frame_of_stream(image: np.ndarray, images: dict[int, np.ndarray]) -> np.ndarray:

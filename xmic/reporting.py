@@ -24,7 +24,7 @@ from matplotlib.patches import Rectangle
 
 from .classes import clean_ego4d, clean_egtea, clean_epic
 from .clips import wanted_frames
-from .files import DataError, check_trust, from_root, latex_text, markdown_text, read_json, whole_file
+from .files import DataError, check_trust, figure_text, from_root, latex_text, markdown_text, read_json, whole_file
 from .paper import PRINTED, harmonic_mean, over_seeds, printed
 from .segments import read_classes, read_segments
 from .video import frame_indices, probe, read_frames
@@ -75,7 +75,7 @@ def plot_accuracies(
         for i, dataset in enumerate(datasets):
             own = part[part.dataset == dataset].set_index("accuracy").reindex(names)
             at = np.arange(len(names)) + (i - (len(datasets) - 1) / 2) * width
-            ax.bar(at, own.value, width, label=dataset, color=sns.color_palette()[i],
+            ax.bar(at, own.value, width, label=figure_text(dataset), color=sns.color_palette()[i],
                    yerr=[own.value - own.low, own.high - own.value], capsize=2)
         ax.set(title=kind, ylabel="per cent", xticks=range(len(names)), ylim=(0, max(1, ax.get_ylim()[1])))
         ax.set_xticklabels(names, rotation=20, ha="right", rotation_mode="anchor")
@@ -119,7 +119,7 @@ def plot_segments(
         gap = np.full((len(shown[0]), max(1, shown[0].shape[1] // 40), 3), 255, np.uint8)
         ax.imshow(np.concatenate([part for frame in shown for part in (frame, gap)][:-1], axis=1))
         ax.set_axis_off()
-        ax.set_title(row.label_name if good else f"{row.label_name}, taken for {row.predicted_name}", loc="left", fontsize=9, color="tab:green" if good else "tab:red")
+        ax.set_title(figure_text(row.label_name if good else f"{row.label_name}, taken for {row.predicted_name}"), loc="left", fontsize=9, color="tab:green" if good else "tab:red")
     return fig
 
 # %% ../nbs/27_reporting.ipynb #e8d480ec
@@ -142,7 +142,7 @@ def plot_views(
         frame = read_frames(segment.video_path, [index], config.backend)[0]
         box = boxes and boxes.box(segment, index, info, frame.shape[1], frame.shape[0])
         top.imshow(frame)
-        top.set_title(" ".join(clean(name) for name in (segment.verb, segment.noun)), fontsize=9)
+        top.set_title(figure_text(" ".join(clean(name) for name in (segment.verb, segment.noun))), fontsize=9)
         if box:
             left, upper, right, lower = box
             top.add_patch(Rectangle((left, upper), right - left, lower - upper, fill=False, ec="yellow", lw=2))
@@ -333,9 +333,9 @@ def plot_table(
     every: pd.DataFrame,  # as `scores` gives it
 ) -> Figure:
     "One panel for each source and kind, one group of bars for each row of the table."
-    every = every.assign(row=[f"{m} · {v}" if v else m for m, v in zip(every.method, every.variant)])
+    every = every.assign(row=[figure_text(f"{m} · {v}" if v else m) for m, v in zip(every.method, every.variant)])
     if every.method.nunique() == 1 and every.variant.any():
-        every = every.assign(row=every.variant)
+        every = every.assign(row=every.variant.map(figure_text))
     sources, kinds, rows = (list(dict.fromkeys(every[c])) for c in ("source", "kind", "row"))
     colours = dict(zip(["ego4d", "epic", "egtea", "shared", "novel", "hm"], sns.color_palette("deep")))
     fig, axes = plt.subplots(len(sources), len(kinds), figsize=(1.6 + 0.07 * max(map(len, rows)) + 3.4 * len(kinds), (0.7 + 0.42 * len(rows)) * len(sources) + 0.4),
@@ -348,7 +348,7 @@ def plot_table(
             for at, row in enumerate(rows):
                 if part[part.row == row].value.isna().all():
                     ax.text(0, at, " no run", va="center", color="gray")
-            ax.set(title=f"{kind}s, trained on {source}", xlabel="per cent", ylabel="", xlim=(0, max(1, ax.get_xlim()[1])))
+            ax.set(title=figure_text(f"{kind}s, trained on {source}"), xlabel="per cent", ylabel="", xlim=(0, max(1, ax.get_xlim()[1])))
         if line[-1].get_legend():
             sns.move_legend(line[-1], "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
     sns.despine(fig)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DataHashes', 'Log', 'learning_rate', 'epoch_rate', 'Split', 'data_differences', 'RunData', 'loss_and_right',
-           'subsample', 'DeviceSteps', 'Trainer', 'RunResult', 'run_name', 'run_folder', 'provenance', 'pick_device',
-           'peak_memory', 'held_out_videos', 'Selection', 'test_batches', 'evaluate', 'check_annotations',
-           'read_hashes', 'check_method', 'train', 'load_trained', 'check_shapes', 'keeps_texts', 'restore',
-           'EvaluateConfig', 'evaluate_run']
+           'subsample', 'DeviceSteps', 'dense_state', 'load_state', 'Trainer', 'RunResult', 'run_name', 'run_folder',
+           'provenance', 'pick_device', 'peak_memory', 'held_out_videos', 'Selection', 'test_batches', 'evaluate',
+           'check_annotations', 'read_hashes', 'check_method', 'train', 'load_trained', 'check_shapes', 'keeps_texts',
+           'restore', 'EvaluateConfig', 'evaluate_run']
 
 # %% ../nbs/23_training.ipynb #375af622
 import hashlib
@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import count, zip_longest
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence, cast
+from typing import Any, Callable, Iterator, Mapping, Sequence, cast
 
 import numpy as np
 import pandas as pd
@@ -324,6 +324,23 @@ def _optimizer(c: TrainConfig, trained: list[nn.Parameter], device: torch.device
     return torch.optim.AdamW(trained, lr=torch.tensor(c.lr, device=device) if graph else c.lr, betas=(c.betas[0], c.betas[1]), weight_decay=c.weight_decay,
                              fused=fused, capturable=graph)
 
+# %% ../nbs/23_training.ipynb #5be0f3a1
+def dense_state(
+    method: nn.Module,
+) -> dict[str, Tensor]:  # on the CPU
+    "A copy of the weights in which each has memory of its own, as safetensors asks for: tied weights, views and repeated numbers are written out."
+    return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in method.state_dict().items()}
+
+
+def load_state(
+    method: nn.Module,
+    state: Mapping[str, Tensor],
+) -> None:
+    "Copies weights into a method. What repeats one number in memory, as `expand` leaves it, gets memory of its own first: it cannot be written to."
+    for tensor in (*method.parameters(), *method.buffers()):
+        if any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape)): tensor.data = tensor.data.contiguous()
+    method.load_state_dict(state)
+
 # %% ../nbs/23_training.ipynb #188888c9
 def _read_checkpoint(path: Path, device: torch.device, method: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     "What a checkpoint holds; `DataError` if it is damaged, or does not fit."
@@ -508,7 +525,7 @@ class Trainer:
 
     def resume(self, state: dict, selection: "Selection | None" = None) -> None:
         "Goes on from what a checkpoint holds."
-        self.method.load_state_dict(state["method"])
+        load_state(self.method, state["method"])
         ours: list[dict[str, Any]] = [{k: group[k] for k in ("lr", "fused", "capturable") if k in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(self.optimizer.param_groups, ours):
@@ -885,7 +902,7 @@ def _fit(config: TrainConfig, folder: Path, trainer: Trainer, selection: Selecti
             bar.set_postfix(loss=f"{line['loss']:.3f}", top1=f"{line['train_top1']:.1f}%", refresh=False)
             bar.update()
     if selection is None or selection.best is None: return None
-    trainer.method.load_state_dict(selection.best["state"])
+    load_state(trainer.method, selection.best["state"])
     return dict(epoch=selection.best["epoch"], value=selection.best["value"])
 
 # %% ../nbs/23_training.ipynb #4a937386
@@ -965,7 +982,7 @@ def train(
 def _finish(folder: Path, method: nn.Module, metrics: dict) -> RunResult:
     "Writes what a run leaves; the checkpoint goes last."
     with whole_file(folder / "model.safetensors") as part:
-        save_file({k: v.contiguous().cpu().clone() for k, v in method.state_dict().items()}, part)
+        save_file(dense_state(method), part)
     write_json(folder / "metrics.json", metrics)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return RunResult.read(folder)
@@ -977,7 +994,7 @@ def load_trained(
 ) -> None:
     "Copies the trained weights of a run into its method; raises `DataError` if they are damaged, or another method's."
     try:
-        method.load_state_dict(load_file(path))
+        load_state(method, load_file(path))
         if odd := [name for name, tensor in method.state_dict().items() if tensor.isnan().any()]: raise ValueError(f"{odd[0]} is not a number")
     except Exception as e:
         raise DataError(f"{path}: not the weights of this run ({type(e).__name__}: {brief(' '.join(str(e).split()), 300)}); it may be cut short") from None

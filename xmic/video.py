@@ -258,13 +258,18 @@ def _first_matrix(path: str) -> tuple[int, int, int, int]:
         return _matrix(next(container.decode(stream)))
 
 
+def _on_its_side(matrix: tuple[int, int, int, int]) -> bool:
+    a, b, c, d = matrix
+    return abs(b) > abs(a) and abs(c) > abs(d)
+
+
 def _upright(
     image: np.ndarray,  # (H, W, 3), as stored
     matrix: tuple[int, int, int, int],
 ) -> np.ndarray:  # as shown
     "The picture turned by quarters of a circle and mirrored, as its matrix asks for."
     a, b, c, d = matrix
-    if abs(b) > abs(a) and abs(c) > abs(d):
+    if _on_its_side(matrix):
         image, a, d = image.swapaxes(0, 1), c, b
     return image[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
 
@@ -826,6 +831,7 @@ def _rate_and_aspect(
     mean = (len(times) - 1) / span if span else 0.0
     with _container(path) as (_, stream):
         stated, aspect = float(stream.average_rate or 0), float(stream.sample_aspect_ratio or 1)
+    if aspect != 1 and _on_its_side(_first_matrix(path)): aspect = 1 / aspect
     if not stated and not mean:
         raise VideoError(path, "it has a single frame and does not tell its rate; convert it to MP4")
     near = stated and (not mean or abs(stated / mean - 1) < 0.01)
