@@ -4,6 +4,7 @@ import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,8 +14,8 @@ from safetensors.torch import save_file
 
 from world import contents, extract_config as config, kill_and_resume, register_tiny, write_world
 from xmic.encoders import create_encoder
-from xmic.features import (FailureLog, FeatureStore, StoredView, extract, extract_dataset, hand_boxes, read_shard,
-                           shard_name, write_shard)
+from xmic.features import (ExtractConfig, FailureLog, FeatureStore, StoredView, check_extraction, extract, extract_dataset, hand_boxes, manifest_of,
+                           read_shard, resize_policy, shard_name, write_shard)
 from xmic.files import DataError, write_json
 from xmic.segments import read_csv
 from xmic.video import read_frames
@@ -384,3 +385,62 @@ def test_a_damaged_shard_is_not_added_to(world, tmp_path):
     store.repair()
     extract(segments, encoder, store, workers=0, progress=False)
     assert store.verify() == [] and store.missing(segments).empty
+
+
+# Each of these was added for a change of the code that no other test noticed.
+
+@pytest.mark.parametrize("dataset, places, reader", [
+    ("epic", ["hand-objects/P01_01.pkl"], "from_epic"), ("ego4d", ["100doh/a.pkl"], "from_100doh"), ("csv", ["hand_boxes.csv"], "from_boxes"),
+    ("egtea", ["annotations/hand_crops/a.pkl", "annotations/hand_crops/b.pkl"], "from_boxes")])
+def test_boxes_are_read_from_where_they_lie_with_the_settings(tmp_path, monkeypatch, dataset, places, reader):
+    for place in places:
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).touch()
+    monkeypatch.setattr(f"xmic.hands.HandBoxes.{reader}", lambda place, **settings: (place, settings))
+    place, settings = hand_boxes(ExtractConfig(dataset=dataset, data_root=str(tmp_path), max_gap=7, hand_threshold=0.6, object_threshold=0.2))
+    folder = Path(places[0]) if dataset == "csv" else Path(places[0]).parent
+    assert place == tmp_path / folder and settings["max_gap"] == 7
+    if reader != "from_boxes": assert (settings["hand_threshold"], settings["object_threshold"]) == (0.6, 0.2)
+
+
+def test_a_rate_below_one_frame_a_second_is_a_rate():
+    check_extraction(["full"], 0.5, 0)
+    with pytest.raises(DataError, match="above 0"): check_extraction(["full"], 0.0, 0)
+
+
+def test_encoders_of_clips_of_different_length_are_extracted_one_after_the_other(world, tmp_path):
+    short, long = (SimpleNamespace(clip_frames=n) for n in (4, 16))
+    with pytest.raises(DataError, match="clips of 4 and 16 frames: extract for one after the other"):
+        extract(read_csv(world), [short, long], [FeatureStore(tmp_path / n) for n in "ab"], workers=0, progress=False)
+
+
+def test_the_device_of_the_settings_is_the_encoder_s(world, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("xmic.features.create_encoder", lambda *names, **settings: asked.append(names) or create_encoder(*names, **settings))
+    settings = config(world, tmp_path)
+    extract_dataset(settings)
+    assert asked == [(settings.encoder, settings.weights, settings.device)] and settings.device == "cpu"
+
+
+def test_the_manifest_names_the_boxes_of_the_hand_view_alone():
+    encoder, boxes = create_encoder(register_tiny(), "random", "cpu"), SimpleNamespace(fingerprint="boxes-1")
+    said = {(view, given is None): manifest_of(encoder, view, None, "pyav", given)["boxes"] for view in ("full", "hand") for given in (boxes, None)}
+    assert said == {("full", False): "whole frames", ("full", True): "whole frames", ("hand", False): "boxes-1", ("hand", True): "whole frames"}
+
+
+def test_what_a_shard_s_header_lacks_is_named(tmp_path):
+    save_file({"features": torch.zeros(1, 4), "frames": torch.zeros(1, dtype=torch.int64)}, tmp_path / "v.safetensors", {"shard": "[1]"})
+    with pytest.raises(DataError, match="its header"): read_shard(tmp_path / "v.safetensors")
+
+
+def test_notes_of_failures_that_are_in_order_are_not_written_anew(tmp_path):
+    log = FailureLog(tmp_path / "failures.jsonl")
+    log.add({"a": dict(segment_id="a", cause="cut short")})
+    log.tidy()
+    before = log.path.stat().st_ino, log.path.stat().st_mtime_ns
+    assert log.tidy() == 0 and (log.path.stat().st_ino, log.path.stat().st_mtime_ns) == before
+
+
+def test_the_release_s_way_of_resizing_is_one_of_the_dataset():
+    assert {d: resize_policy("as released", d) for d in ("epic", "ego4d", "egtea")} == dict(epic="shortest", ego4d="squash", egtea="squash")
+    assert resize_policy("squash", "epic") == "squash"
