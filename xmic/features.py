@@ -1092,6 +1092,7 @@ def extract_dataset(
     config: ExtractConfig,
 ) -> tuple[FeatureStore, ExtractReport]:
     "Extracts the features of a dataset. Raises `DataError` for settings and data that cannot be used, before anything is decoded."
+    check_extraction(config.views, config.feature_fps, 0)
     root = data_folder(config.dataset, config.data_root)
     segments = pd.concat([read_segments(config.dataset, root, split) for split in config.splits], ignore_index=True)
     boxes = hand_boxes(config) if "hand" in config.views else None

@@ -8,10 +8,11 @@ __all__ = ['PLAIN', 'brief', 'DataError', 'project_root', 'expand', 'from_root',
            'parse_json', 'read_json', 'check_output', 'read_text', 'read_table', 'Named', 'Foreign', 'PlainDict',
            'plain_key', 'plain_dict', 'from_table', 'read_pickle', 'check_pickle', 'check_archive', 'did_you_mean',
            'markdown_text', 'markdown_code', 'latex_text', 'figure_text', 'spreadsheet_text', 'settings',
-           'notebook_settings', 'progress_bar', 'is_code', 'code_name', 'code_file', 'code_sha256', 'load_code',
-           'check_trust']
+           'check_parameters', 'notebook_settings', 'progress_bar', 'is_code', 'code_name', 'code_file', 'code_sha256',
+           'load_code', 'check_trust']
 
 # %% ../nbs/00_files.ipynb #951bf47b
+import ast
 import difflib
 import errno
 import hashlib
@@ -35,6 +36,7 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, get_args, get_ori
 from zipfile import ZIP_STORED, ZipFile
 
 import pandas as pd
+import yaml
 from filelock import FileLock
 from tqdm import tqdm
 
@@ -678,15 +680,36 @@ def spreadsheet_text(
     return f"'{text}" if str(text).startswith(_FORMULA) else str(text)
 
 # %% ../nbs/00_files.ipynb #bd36f541
-_YAML_TEXT = re.compile(r"[+-]?\d+[eE][+-]?\d+")  # 1e-6 is a text to YAML, and thus to papermill
+_WORDS = {"true": True, "false": False, "null": None, "none": None, "~": None}
 
 
-def _elements_fit(value: Any, kind: Any) -> bool:
-    "Whether a list or dict holds what its annotation says."
-    wanted = next((get_args(k) for k in (kind, *get_args(kind)) if get_origin(k) in (list, dict)), ())
-    if not isinstance(value, (list, dict)) or Any in wanted: return True
-    columns: list[Iterable] = [value] if isinstance(value, list) else [value.keys(), value.values()]
-    return all(isinstance(x, (int, float) if k is float else k) for column, k in zip(columns, wanted) for x in column)
+def _as_kind(value: Any, kind: Any) -> Any:
+    "A value as its annotation wants it, read from text where a command line could say nothing else; `ValueError` if it cannot be."
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if Any in kinds: return value
+    text = value.strip() if isinstance(value, str) else None
+    if text is not None and type(None) in kinds and _WORDS.get(text.lower(), value) is None: return None
+    for one in kinds:
+        origin, inner = get_origin(one) or one, get_args(one)
+        if origin in (list, dict):
+            given = _from_text(text, origin) if text is not None and str not in kinds else value
+            if type(given) is origin is list: return [_as_kind(x, inner[0]) for x in given] if inner else given
+            if type(given) is origin: return {_as_kind(k, inner[0]): _as_kind(v, inner[1]) for k, v in given.items()} if inner else given
+        elif type(value) is one: return value
+        elif one is float and type(value) is int and abs(value) < 2**53: return float(value)
+        elif text is not None and str not in kinds:
+            if one is bool and type(_WORDS.get(text.lower())) is bool: return _WORDS[text.lower()]
+            if one in (int, float):
+                with suppress(ValueError): return one(text)
+    if str in kinds and type(value) in (int, float): return str(value)
+    raise ValueError
+
+
+def _from_text(text: str, kind: type) -> Any:
+    "A list or dict that is written `[a, b]`, `{a: b}`, with quotes or without, or `a,b`; its elements are texts."
+    if not text.startswith(("[", "{")): return [part.strip() for part in text.split(",") if part.strip()] if kind is list else text
+    try: return yaml.load(text, yaml.BaseLoader)
+    except yaml.YAMLError: raise ValueError from None
 
 
 def _said(kind: Any) -> str:
@@ -703,18 +726,34 @@ def settings(
         faults.append(f"unknown parameter {brief(name)!r}" + (did_you_mean(name, kinds) or f"; known are {', '.join(kinds)}"))
     made = {}
     for name in [n for n in values if n in kinds]:
-        value, kind = values[name], kinds[name]
-        allowed = [get_origin(k) or k for k in (get_args(kind) if isinstance(kind, UnionType) else [kind])]
-        if list in allowed and isinstance(value, str):
-            value = [part.strip() for part in value.split(",") if part.strip()]
-        if float in allowed and (type(value) is int and abs(value) < 2**53 or str not in allowed and isinstance(value, str) and _YAML_TEXT.fullmatch(value)):
-            value = float(value)
-        if type(value) not in allowed or not _elements_fit(value, kind):
-            faults.append(f"{name}={brief(repr(value))} is a {type(value).__name__}, not {_said(kind)}")
-        made[name] = value
+        try: made[name] = _as_kind(values[name], kinds[name])
+        except ValueError: faults.append(f"{name}={brief(repr(values[name]))} is a {type(values[name]).__name__}, not {_said(kinds[name])}")
     if faults:
         raise DataError(f"{cls.__name__}: " + "\n  ".join(faults))
     return cls(**made)
+
+
+def _annotated(cell: str) -> set[str]:
+    "The names that a cell sets as a cell of parameters does: `name: kind = value`, or, by papermill, `name = value`."
+    try: body = ast.parse(cell).body
+    except SyntaxError: return set()
+    return {node.target.id for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+
+
+def check_parameters(
+    namespace: dict,  # globals() of the notebook, behind its cell of parameters
+) -> None:
+    "`DataError` where papermill's values came before the cell of parameters, which has then set its own."
+    ran = [cell for cell in namespace.get("In", []) if isinstance(cell, str)]
+    place = next((i for i, cell in enumerate(ran) if cell.startswith("# Parameters\n")), len(ran))
+    given = {name.strip() for line in "".join(ran[place:place + 1]).splitlines() for name, sign, _ in [line.partition("=")] if sign}
+    _refuse_early(given & set().union(*map(_annotated, ran[place + 1:])))
+
+
+def _refuse_early(names: Iterable[str]) -> None:
+    if names:
+        raise DataError(f"values of {brief(', '.join(sorted(names)))} came before the cell of parameters, which has then set its own, so nothing is run. Has that cell "
+                        f"lost its tag `parameters`? JupyterLab shows it in the property inspector. In JupyterLab, restart the kernel and run the cells in their order")
 
 
 def notebook_settings(
@@ -724,6 +763,9 @@ def notebook_settings(
 ) -> Any:  # an instance of `cls`
     "The parameters of a notebook, whether typed into it or injected by papermill."
     known = {f.name for f in fields(cls)}
+    plain = (str, int, float, list, dict, type(None))
+    if "before" not in before:  # not a notebook that is run again
+        _refuse_early({n for n in before if n in known or not n.startswith("_") and n not in ("In", "Out") and isinstance(namespace.get(n), plain)})
     return settings(cls, {n: v for n, v in namespace.items() if n in known or not (n in before or n == "before" or n.startswith("_"))})
 
 # %% ../nbs/00_files.ipynb #1cb10d88
