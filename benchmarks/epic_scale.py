@@ -29,7 +29,8 @@ from xmic.files import DataError, write_json
 from xmic.segments import read_classes, read_segments
 from xmic.streams import Batch, Streams, free_bytes
 from xmic.config import TrainConfig, build_method, resolve
-from xmic.training import Split, Trainer, peak_memory, pick_device, provenance
+from xmic.devices import pick_device
+from xmic.training import Split, Trainer, peak_memory, provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 DIM, VIEWS = 512, ("full", "hand")

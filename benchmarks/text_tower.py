@@ -22,7 +22,8 @@ from xmic.files import DataError, write_json
 from xmic.prompting import CoCoOp, CoOp
 from xmic.streams import Batch
 from xmic.text import TextTower
-from xmic.training import peak_memory, pick_device
+from xmic.devices import pick_device
+from xmic.training import peak_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, FRAMES = "ViT-B-16-quickgelu", 16

@@ -30,7 +30,8 @@ from xmic.segments import read_segments
 from xmic.streams import Streams
 from xmic.together import Together
 from xmic.config import TrainConfig, build_method, resolve
-from xmic.training import Split, Trainer, peak_memory, pick_device
+from xmic.devices import pick_device
+from xmic.training import Split, Trainer, peak_memory
 
 FPS = 4.0  # rows a second in the generated store
 

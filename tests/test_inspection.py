@@ -16,7 +16,8 @@ from xmic.files import DataError  # noqa: E402
 from xmic.inspection import Look, look, plot_answers, plot_attention, plot_degrees, turned, won_and_lost  # noqa: E402
 from xmic.features import ExtractConfig  # noqa: E402
 from xmic.config import TrainConfig
-from xmic.training import pick_device, restore, train  # noqa: E402
+from xmic.devices import pick_device  # noqa: E402
+from xmic.training import restore, train  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")
 

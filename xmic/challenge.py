@@ -24,7 +24,8 @@ from .evaluation import accuracy, split_logits, sum_classes
 from .files import DataError, brief, check_output, from_root, parse_json, whole_file
 from .segments import read_classes, read_epic, read_epic_tail, read_epic_unseen, read_segments
 from .config import dataset_root
-from .training import RunResult, pick_device, restore, test_batches
+from .devices import pick_device
+from .training import RunResult, restore, test_batches
 
 # %% ../nbs/26_challenge.ipynb #6bbadac7
 @dataclass

@@ -300,7 +300,7 @@ def predict(
     fps: Optional[float] = typer.Option(None, min=0.1, metavar="NUMBER", help="Frames per second of a stream that does not say, or of a folder of frames."),
     first_frame: Optional[int] = typer.Option(None, min=0, metavar="NUMBER", help="Number of the first frame in the names of a folder of frames; without it, 0 or 1."),
     backend: str = typer.Option("decord", metavar="NAME", help="What reads files: decord, pyav, torchcodec, or code of your own as reader.py:Name."),
-    device: Optional[str] = typer.Option(None, metavar="NAME", help="cpu or cuda; without it a GPU where there is one."),
+    device: Optional[str] = typer.Option(None, metavar="NAME", help="cpu, cuda, cuda:1 or mps; without it a GPU where there is one."),
     trust_code: bool = typer.Option(False, "--trust-code", help="Run the code that the model's folder names. Read it first: without this, it is shown."),
 ) -> None:
     "Recognise verbs, nouns and actions along videos or streams."

@@ -42,6 +42,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from .classes import ClassSet
+from .devices import pick_device
 from .files import (PLAIN, DataError, Foreign, brief, check_archive, code_name, code_sha256, did_you_mean, from_table, is_code, load_code, project_root,
                         read_json, read_pickle, whole_file)
 from .lavila import LAVILA_MEAN, LAVILA_STD, SIZES, LaViLa, LaViLaConfig, check_tensors, is_plain, load_lavila, read_lavila, tokenize
@@ -792,16 +793,14 @@ def _lavila_encoder(
 def create_encoder(
     name: str,  # an open_clip or timm model, one of `DINOV2_NAMES`, "lavila-base", "lavila-large", the kit's, e.g. "mini-clip", or "path/to/file.py:Name"
     weights: str | Path | None = None,  # a pretrained tag, a weight file, or "random"; None: "openai", timm's first, or the kit's own
-    device: str | torch.device | None = None,  # None: cuda where there is one, else cpu
+    device: str | torch.device | None = None,  # "cpu", "cuda", "cuda:1" or "mps"; None: a GPU where there is one
     resize: str = "shortest",  # or "squash", see `Preprocess`, or "as trained"
     precision: str = "auto",  # of the image tower: "fp32", "bf16", "fp16"; "auto": bf16 on cuda, else fp32
     position_interpolation: str | None = None,  # of DINOv2 without registers, "hub" or "timm"; None: as the name says
     clip_frames: int = 1,  # frames that one feature is made from: 1, 2, 4, 8 or 16 for LaViLa, 1 for all others
 ) -> Encoder:
     "A frozen open_clip model, a LaViLa, or a timm model without text, in evaluation mode. Raises `DataError` for unknown names, unfit weights, and downloads that fail."
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise DataError(f"device {str(device)!r}, but this machine has no usable CUDA device")
+    device = pick_device(device)
     if is_code(name):
         if weights is not None or clip_frames != 1 or position_interpolation:
             raise DataError(f"{name}: code of your own sees to weights and positions by itself, and reads single frames: leave the settings for them out")

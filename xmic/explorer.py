@@ -43,7 +43,8 @@ from .inspection import Look, turned
 from .recognizer import SampledFrames
 from .streams import Batch
 from .config import PIXELS, TrainConfig, dataset_root, named_code, read_config, resolve
-from .training import RunData, RunResult, Split, check_shapes, keeps_texts, load_trained, pick_device, test_batches, train
+from .devices import pick_device
+from .training import RunData, RunResult, Split, check_shapes, keeps_texts, load_trained, test_batches, train
 from .video import frame_indices, probe, read_frames
 
 # %% ../nbs/39_explorer.ipynb #b327331a

@@ -26,7 +26,8 @@ from .clips import wanted_frames
 from .features import ExtractConfig, hand_boxes
 from .files import DataError, figure_text, from_root
 from .hands import HandBoxes
-from .training import RunResult, pick_device, restore, test_batches
+from .devices import pick_device
+from .training import RunResult, restore, test_batches
 from .video import frame_indices, probe, read_frames
 
 # %% ../nbs/38_inspection.ipynb #6415841f

@@ -22,7 +22,8 @@ from .evaluation import split_logits
 from .files import DataError, progress_bar, whole_file
 from .streams import Batch, Streams
 from .config import TrainConfig, resolve
-from .training import DeviceSteps, RunData, RunResult, Split, Trainer, _check_claim, _claim, check_annotations, _finished, _found, pick_device, run_folder, train
+from .devices import pick_device
+from .training import DeviceSteps, RunData, RunResult, Split, Trainer, _check_claim, _claim, check_annotations, _finished, _found, run_folder, train
 
 # %% ../nbs/24_together.ipynb #b1d00eb1
 FREE = ("seed", "lr", "schedule", "warmup_epochs", "warmup_lr", "betas", "momentum", "weight_decay", "scale", "name", "runs_root", "progress", "tensorboard")

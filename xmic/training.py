@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DataHashes', 'Log', 'learning_rate', 'epoch_rate', 'Split', 'data_differences', 'RunData', 'loss_and_right',
            'subsample', 'DeviceSteps', 'dense_state', 'load_state', 'Trainer', 'RunResult', 'run_name', 'run_folder',
-           'provenance', 'pick_device', 'peak_memory', 'held_out_videos', 'Selection', 'test_batches', 'evaluate',
-           'check_annotations', 'read_hashes', 'check_method', 'train', 'load_trained', 'check_shapes', 'keeps_texts',
-           'restore', 'EvaluateConfig', 'evaluate_run']
+           'provenance', 'peak_memory', 'held_out_videos', 'Selection', 'test_batches', 'evaluate', 'check_annotations',
+           'read_hashes', 'check_method', 'train', 'load_trained', 'check_shapes', 'keeps_texts', 'restore',
+           'EvaluateConfig', 'evaluate_run']
 
 # %% ../nbs/23_training.ipynb #375af622
 import hashlib
@@ -40,6 +40,7 @@ from .classes import ClassSet
 from .config import (TrainConfig, UNTRAINED, PROMPTED, PIXELS, reads_context, build_method, text_tower,
                          _prompt_faults, resolve, dataset_root, _kept, _with_kept_code, _check_kept, named_code,
                          read_config)
+from .devices import pick_device
 from .distributed import deal, first_ahead, from_first, gather, is_first, mine, sum_gradients, world
 from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts
 from .evaluation import against_zero_shot, harmonic_means, predict, split_logits, sum_classes, summarise
@@ -619,13 +620,7 @@ def provenance(
     from open_clip import __version__ as open_clip_version
     return dict(xmic=xmic.__version__, commit=commit or None, python=platform.python_version(), torch=torch.__version__,
                 numpy=np.__version__, open_clip=open_clip_version, platform=platform.platform(), threads=torch.get_num_threads(),
-                device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
-
-
-def pick_device(
-    name: str | None,  # None: a GPU where there is one
-) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+                device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
 
 
 def peak_memory(
@@ -943,7 +938,7 @@ def train(
     data: RunData | None = None,  # what it reads, where that is there already
 ) -> RunResult:
     "Trains and evaluates one run; returns at once if it is done with the same data, goes on where it was killed. Raises `DataError` on bad settings or data."
-    config = resolve(config)
+    config, device = resolve(config), pick_device(config.device)
     folder = run_folder(config)
     if is_first():
         check_annotations(config)
@@ -951,7 +946,6 @@ def train(
     if run := from_first(lambda: _finished(config, folder)):
         return run
     begin = time.perf_counter()
-    device = pick_device(config.device)
     with first_ahead():
         data = data or RunData(config, device)
     tests = {d: data.split(d, "test") for d in [config.dataset, *config.targets]}
@@ -1076,8 +1070,8 @@ def evaluate_run(
         raise DataError("the run cannot be evaluated with these settings:\n  " + "\n  ".join(faults))
     key = hashlib.sha256(json.dumps([c.targets, c.template, c.target_roots, c.features_root]).encode()).hexdigest()[:8]
     folder = trained.folder / "evaluations" / key
-    check_annotations(c)
     device = pick_device(config.device)
+    check_annotations(c)
     data, method = restore(replace(trained, config=c), device, trust_code=True)  # what may run is settled above
     tests = {d: data.split(d, "test") for d in [source, *targets]}
     write_json(folder / "config.json", asdict(c))
