@@ -211,7 +211,7 @@ def right_root(
 ) -> Path:
     "The folder of a dataset; `DataError` that names the right one where this cannot be it."
     path = expand(root).absolute()
-    if not path.exists():
+    if not os.path.exists(path):
         near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else f"; nor is there {path.parent}"
         raise DataError(f"{path}: no such folder{near}")
     if path.is_file():
@@ -1063,7 +1063,7 @@ def check_data(
         longer = next((f"; did you mean {kind!r}?" for kind in KINDS if dataset.lower().startswith(kind)), "")
         raise DataError(f"{brief(dataset)!r} is none of {', '.join(KINDS)}{longer or did_you_mean(dataset, KINDS)}")
     path = expand(root).absolute()
-    if dataset in ("boxes", "weights") and not path.exists():
+    if dataset in ("boxes", "weights") and not os.path.exists(path):
         raise DataError(f"{path}: no such file or folder{did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ''}")
     if dataset == "weights":
         check = Check("Weights", path)

@@ -95,7 +95,7 @@ def _names(given: Optional[str], kind: str) -> "ClassSet | None":
     from xmic.classes import ClassSet
     from xmic.files import DataError
     from xmic.recognizer import read_names
-    if Path(given).is_file(): return read_names(given, kind)
+    if os.path.isfile(given): return read_names(given, kind)
     if "," in given: return ClassSet.from_names([name for name in given.split(",") if name.strip()], kind)
     raise DataError(f"--{kind}s {given}: no such file; give a file with a name in each line, or names with commas between them")
 
@@ -110,8 +110,8 @@ def videos(
     for one in given:
         one = finder.find(one) or one
         path = Path(one)
-        inside = sorted(str(p) for p in path.iterdir() if is_video(p) and p.is_file()) if path.is_dir() else []
-        if not path.is_dir() or not inside and numbered_pictures(path):
+        inside = sorted(str(p) for p in path.iterdir() if is_video(p) and p.is_file()) if os.path.isdir(one) else []
+        if not os.path.isdir(one) or not inside and numbered_pictures(path):
             found.append(one)
             continue
         if recursive: inside = _below(path)
@@ -155,9 +155,9 @@ def _boxes(given: Optional[str], gap: int, detector: Optional[str], model: Optio
         raise DataError("give --boxes or --detector, not both")
     if given:
         from xmic.hands import HandBoxes
-        if not Path(given).exists():
+        if not os.path.exists(given):
             raise DataError(f"--boxes {given}: no such file or folder")
-        return HandBoxes.from_boxes(given, max_gap=gap) if Path(given).is_file() else HandBoxes.from_100doh(given, max_gap=gap)
+        return HandBoxes.from_boxes(given, max_gap=gap) if os.path.isfile(given) else HandBoxes.from_100doh(given, max_gap=gap)
     if detector:
         from xmic.detectors import create_detector
         return create_detector(detector, model)
@@ -252,7 +252,7 @@ def _inputs(named: list[Optional[str]], models: list[str]) -> list[str | Path]:
     "All files and folders that a command reads. What is named may be something else, such as a list of names."
     from xmic.files import project_root
     places = lambda names: [place for name in map(os.path.expanduser, filter(None, names)) for place in (Path(name), project_root() / name)]
-    return [*places(named), *(file for folder in places(models) for end in ("*.json", "*.safetensors") for file in folder.glob(end))]
+    return [*places(named), *(file for folder in places(models) if os.path.isdir(folder) for end in ("*.json", "*.safetensors") for file in folder.glob(end))]
 
 # %% ../nbs/40_cli.ipynb #8567394f
 def _answers(recognizer: "Recognizer", video: str, ask: dict, every: Optional[float], start: Optional[float], stop: Optional[float],
@@ -316,7 +316,7 @@ def predict(
     for place in filter(None, chain(*outputs.values())): check_output(place, inputs, overwrite, "--overwrite")
     ask = dict(nouns=_names(nouns, "noun"), verbs=_names(verbs, "verb"), top=top)
     from xmic.timeline import Timeline, is_stream
-    if (fps or first_frame is not None) and not any(is_stream(one) or Path(one).is_dir() for one in given):
+    if (fps or first_frame is not None) and not any(is_stream(one) or os.path.isdir(one) for one in given):
         raise DataError("--fps and --first-frame are for streams and folders of frames; a video file says its own rate")
     if ask["nouns"] is None and ask["verbs"] is None:
         raise DataError("say what to recognise: --nouns, --verbs, or both")

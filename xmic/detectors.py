@@ -6,6 +6,7 @@
 __all__ = ['MARGIN', 'HAND_MODEL', 'hands_box', 'MediaPipeHands', 'create_detector']
 
 # %% ../nbs/06_detectors.ipynb #99f14f9f
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class MediaPipeHands:
                 ):
         self.margin, path = margin, expand(model or cache_folder() / "hand_landmarker.task")
         self.mediapipe = _mediapipe()
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise DataError(f"{path}: MediaPipe's hand model is not there. Download {HAND_MODEL} to this place, or name the file where it lies")
         tasks = self.mediapipe.tasks
         options = tasks.vision.HandLandmarkerOptions(base_options=tasks.BaseOptions(model_asset_path=str(path)), num_hands=hands,

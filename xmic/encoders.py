@@ -429,7 +429,7 @@ def _which_weights(
     weights = default if weights is None and default in tags else weights
     if weights == "random" or (isinstance(weights, str) and {weights, weights.lower().replace("-", "_")} & set(tags)):
         return weights
-    if weights is not None and Path(weights).is_file():
+    if weights is not None and os.path.isfile(weights):
         return Path(weights)
     raise DataError((f"{name} has no weights" + (f" under the tag {default!r}" if default else " to download") if weights is None else
                      f"weights {str(weights)!r}: neither a file nor a pretrained tag of {name}")
@@ -779,7 +779,7 @@ def _lavila_encoder(
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             model = LaViLa(replace(size, frames=max(size.frames, clip_frames)))
-    elif weights is None or not Path(weights).is_file():
+    elif weights is None or not os.path.isfile(weights):
         raise DataError(f"{name}: {'no weights are named' if weights is None else f'there is no file {str(weights)!r}'}. Download LaViLa's dual encoder from "
                         "https://github.com/facebookresearch/LaViLa (Base of epoch 5, md5sum_d73a9c, or Large of epoch 3, md5sum_c89337) and pass "
                         f"the file: create_encoder({name!r}, weights='/path/to/file')")

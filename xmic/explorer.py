@@ -10,6 +10,7 @@ __all__ = ['OUTCOMES', 'ZERO_SHOT', 'STYLE', 'LISTED', 'read_names', 'Vocabulary
 # %% ../nbs/39_explorer.ipynb #b4e84e31
 import base64
 import io
+import os
 import time
 import warnings
 from collections import OrderedDict
@@ -189,7 +190,7 @@ def _numbers(split: Split, row: int, rows: np.ndarray) -> np.ndarray:
 
 def _film(path: Path, start: float | None, stop: float | None, frames: int) -> tuple[SimpleNamespace, np.ndarray]:
     "A stretch of a video as a segment, and the frames that are sampled from it. Raises `DataError` where there is no such stretch."
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"there is no file {path}")
     info = probe(path)
     begin, end = start or 0.0, info.duration if stop is None else min(stop, info.duration)

@@ -1056,14 +1056,14 @@ def hand_boxes(
 ) -> HandBoxes | None:  # None where a dataset comes without any and none are named
     "The hand boxes of a dataset: those named, else those that lie where data/README.md says."
     root = data_folder(config.dataset, config.data_root)
-    root = root if root.is_dir() else root.parent
+    root = root if os.path.isdir(root) else root.parent
     crops = root / "annotations" / "hand_crops"
     ready = visible(crops.glob("*.pkl"))
     downloaded = [p for p in (root, root / "EPIC-KITCHENS") if config.dataset == "epic" and visible(p.glob("P*/hand-objects/*.pkl"))]
     named = [from_root(config.boxes)] if config.boxes else [
         root / "hand_boxes.csv", *(ready if len(ready) < 2 else [crops]), root / "hand-objects", root / "100doh", *downloaded]
-    if config.boxes and not named[0].exists():
-        raise DataError(f"boxes={config.boxes!r}: there is no {named[0]}")
+    if config.boxes and not os.path.exists(named[0]):
+        raise DataError(f"boxes={brief(config.boxes, 300)!r}: there is no {brief(str(named[0]), 300)}")
     place = next((p for p in named if p.exists()), None)
     if place is None:
         return None

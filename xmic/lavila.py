@@ -9,6 +9,7 @@ __all__ = ['SIZES', 'LAVILA_MEAN', 'LAVILA_STD', 'LaViLaConfig', 'DividedAttenti
 
 # %% ../nbs/09_lavila.ipynb #804b8a8e
 import hashlib
+import os
 import re
 import warnings
 from argparse import Namespace
@@ -354,7 +355,7 @@ def convert_checkpoint(
 ) -> Path:  # the .safetensors file
     "Converts a checkpoint, if that has not been done. Raises `DataError` if it is not exactly such a file, and for an output that is somebody else's file."
     path = Path(path)
-    if not path.is_file(): raise DataError(f"{path}: no such file")
+    if not os.path.isfile(path): raise DataError(f"{brief(str(path), 300)}: no such file")
     to = Path(to) if to else path.with_suffix(".safetensors")
     about = to.with_suffix(".json")
     ours = about.is_file() and {"md5", "sha256", "config"} <= read_json(about, dict).keys()

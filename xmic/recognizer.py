@@ -359,7 +359,7 @@ def _local(
 ) -> Path:
     "The folder on this machine; `DataError` where there is none and none can be fetched."
     for place in (expand(folder), from_root(folder)):
-        if place.is_dir(): return place
+        if os.path.isdir(place): return place
     if not isinstance(folder, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", folder):
         raise DataError(f"{folder}: no such folder; give the folder of a finished run or of a saved recognizer, or a model's id on the Hub (owner/name)")
     try:

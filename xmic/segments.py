@@ -101,7 +101,7 @@ def _checked(
 # %% ../nbs/03_segments.ipynb #51134a1c
 def _root(root: str | Path) -> Path:
     root = expand(root).absolute()
-    if not root.exists():
+    if not os.path.exists(root):
         raise DataError(f"{root}: no such file or folder")
     return root
 
@@ -516,7 +516,7 @@ def own_dataset(
     known = f"dataset={brief(repr(dataset))} is none of {', '.join(map(repr, _SPLITS))}{did_you_mean(dataset, _SPLITS)}"
     if not re.fullmatch(r"[^\W_][\w.-]{0,99}", dataset) or did_you_mean(dataset, ["epic", "ego4d", "egtea"]):
         raise DataError(f"{known}; the name of your own has letters, digits, '-', '_' and '.', and is not nearly one of these")
-    if not is_code(root) and not Path(root).is_file() and not (Path(root) / "segments.csv").is_file():
+    if not is_code(root) and not os.path.isfile(root) and not os.path.isfile(Path(root) / "segments.csv"):
         raise DataError(f"{known}; one of your own is a folder with segments.csv in it, or 'reader.py:function', and {root} is neither")
 
 

@@ -414,7 +414,7 @@ def _span(line: Timeline, info: VideoInfo) -> tuple[np.ndarray, tuple[float, flo
 
 # %% ../nbs/29_timeline.ipynb #3d133a7b
 def _annotate(line: Timeline, path: str | Path, backend: str | Backend, overwrite: bool) -> None:
-    if not Path(line.video).exists():
+    if not os.path.exists(line.video):
         raise DataError(f"{line.video}: no such file; only a video that can be read again can be written with its answers")
     if Path(path).suffix.lower() != ".mp4":
         raise DataError(f"{path}: the annotated video is written as .mp4")
