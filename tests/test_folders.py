@@ -88,10 +88,16 @@ def test_rates(tmp_path):
     assert (info.fps, info.duration, info.fps_known) == (12.5, 0.4, True)
 
 
-def world(folder: Path, text: str, frames: int = 60, **names) -> Path:
+def world(folder: Path, text: str, frames: int = 60) -> Path:
     write_jpegs(folder / "videos" / "a", frames)
-    (folder / "segments.csv").write_text(text)
+    write(folder, text)
     return folder
+
+
+def write(folder: Path, text: str) -> None:
+    "The list, with ids a_1, a_2, …"
+    head, *rows = text.splitlines()
+    (folder / "segments.csv").write_text("\n".join([f"segment_id,{head}", *(f"a_{n},{row}" for n, row in enumerate(rows, 1))]))
 
 
 def frames_of(world: Path, features: Path, **changes) -> dict[str, list[int]]:
@@ -106,7 +112,7 @@ def test_a_list_of_ones_own_counts_from_zero_or_from_what_it_says(tmp_path):
     assert frames_of(one, tmp_path / "f1") == {"a_1": list(range(10, 20)), "a_2": [0, 1, 2]}
     two = world(tmp_path / "two", "video_id,start_sec,stop_sec,start_frame,stop_frame,first_frame,noun,split\na,0,1,10,20,1,pan,train\n")
     assert frames_of(two, tmp_path / "f2") == {"a_1": list(range(9, 19))}
-    (two / "segments.csv").write_text("video_id,start_sec,stop_sec,start_frame,stop_frame,first_frame,noun,split\na,0,1,0,20,1,pan,train\n")
+    write(two, "video_id,start_sec,stop_sec,start_frame,stop_frame,first_frame,noun,split\na,0,1,0,20,1,pan,train\n")
     _, report = extract_dataset(extract_config(two, tmp_path / "f3", splits=["train"], views=["full"]))
     assert "counted from 1" in report.failed["a_1"]
 
@@ -117,9 +123,9 @@ def test_segments_with_times_alone(tmp_path):
     assert frames_of(one, tmp_path / "f") == {"a_1": list(range(15, 30))}
     assert frames_of(one, tmp_path / "f10", feature_fps=10.0) == {"a_1": [15, 18, 21, 24, 27]}
     assert read_csv(one).fps.tolist() == [30] and segments_sha256(read_csv(one)) == segments_sha256(read_csv(one).drop(columns="fps"))
-    (one / "segments.csv").write_text(text.replace("30", "20"))
+    write(one, text.replace("30", "20"))
     assert frames_of(one, tmp_path / "f") == {"a_1": list(range(10, 20))}  # the other rate is noticed
-    (one / "segments.csv").write_text("video_id,start_sec,stop_sec,noun,split\na,0.5,1,pan,train\n")
+    write(one, "video_id,start_sec,stop_sec,noun,split\na,0.5,1,pan,train\n")
     _, report = extract_dataset(extract_config(one, tmp_path / "none", splits=["train"], views=["full"]))
     assert "column fps" in report.failed["a_1"]
     check = check_data("csv", one, progress=False)
@@ -136,7 +142,7 @@ def test_fewer_frames_a_second_need_a_rate(tmp_path):
     one = world(tmp_path / "one", text.format("", ""))
     _, report = extract_dataset(extract_config(one, tmp_path / "f", splits=["train"], views=["full"], feature_fps=10.0))
     assert "nothing tells the rate" in report.failed["a_1"]
-    (one / "segments.csv").write_text(text.format(",fps", ",30"))
+    write(one, text.format(",fps", ",30"))
     assert frames_of(one, tmp_path / "f", feature_fps=10.0) == {"a_1": list(range(0, 30, 3))}
 
 

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -23,6 +24,7 @@ import numpy as np
 import pandas as pd
 
 from .files import DataError, brief, check_output, did_you_mean, parse_json, whole_file
+from .names import Finder
 from .segments import _own_segments
 from .video import VideoInfo, probe
 
@@ -312,10 +314,10 @@ def _seconds(mark: Mark, tool: str, fps: float | None, films: dict[str, VideoInf
 def _films(marks: list[Mark], folders: Sequence[Path]) -> dict[str, VideoInfo | None]:
     "What is known of the videos whose labels are in frames."
     found: dict[str, VideoInfo | None] = {}
+    finder = Finder()
     for name in dict.fromkeys(m.video for m in marks if m.frames):
-        places = [place for folder in folders for place in (folder / name, *sorted(folder.glob("*"))) if place.is_file() and (
-            place.name == name or place.stem == Path(name).stem and re.fullmatch(r"(?i)\.(mp4|mkv|avi|webm|mov|m4v|mpe?g|ts|wmv|flv|m2ts)", place.suffix))]
-        found[name] = probe(str(places[0])) if places else None
+        places = [place for folder in folders for place in (finder.find(folder / name), finder.video(folder / Path(name).stem)) if place and os.path.isfile(place)]
+        found[name] = probe(places[0]) if places else None
     return found
 
 

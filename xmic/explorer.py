@@ -46,7 +46,7 @@ from .streams import Batch
 from .config import PIXELS, TrainConfig, dataset_root, named_code, read_config, resolve
 from .devices import pick_device
 from .training import RunData, RunResult, Split, check_shapes, keeps_texts, load_trained, test_batches, train
-from .video import frame_indices, probe, read_frames
+from .video import Backend, frame_indices, probe, read_frames
 
 # %% ../nbs/39_explorer.ipynb #b327331a
 def read_names(
@@ -152,8 +152,9 @@ def pictures(
     width: int = 192,  # pixels
 ) -> list[Picture]:
     "The sampled frames of a clip with their hand boxes. Raises `VideoError` for frames that cannot be read."
-    info, shown = probe(clip.path), []
-    for number, image in zip(clip.frames.tolist(), read_frames(clip.path, clip.frames)):
+    backend: Backend = Backend().at(clip.segment)
+    info, shown = probe(clip.path, backend), []
+    for number, image in zip(clip.frames.tolist(), read_frames(clip.path, clip.frames, backend)):
         high, wide = image.shape[:2]
         box = boxes.box(clip.segment, number, info, wide, high) if boxes else None
         place = (100 * box[0] / wide, 100 * box[1] / high, 100 * (box[2] - box[0]) / wide, 100 * (box[3] - box[1]) / high) if box else None

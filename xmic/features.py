@@ -601,7 +601,7 @@ class ExtractReport:
                 f"{self.waiting:.1f} s of waiting for frames" + self._again() + self._stretched())
 
     def note_aspect(self, video_id: str, aspect: float) -> None:
-        if abs(aspect - 1) >= 1e-3: self.aspects[video_id] = aspect
+        if abs(aspect - 1) >= 5e-3: self.aspects[video_id] = aspect
 
     def _stretched(self) -> str:
         "Which videos have pixels that are not square."

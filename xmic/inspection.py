@@ -28,7 +28,7 @@ from .files import DataError, figure_text, from_root
 from .hands import HandBoxes
 from .devices import pick_device
 from .training import RunResult, restore, test_batches
-from .video import frame_indices, probe, read_frames
+from .video import Backend, frame_indices, probe, read_frames
 
 # %% ../nbs/38_inspection.ipynb #6415841f
 @dataclass
@@ -156,10 +156,11 @@ def plot_answers(
 def _strip(axes: list, segment: pd.Series, boxes: HandBoxes | None) -> None:
     "Frames of a segment, evenly spread, with their boxes; grey where they cannot be read."
     try:
-        info = probe(segment.video_path)
+        backend = Backend().at(segment)
+        info = probe(segment.video_path, backend)
         every = wanted_frames(info, segment)
         chosen: Any = every[frame_indices(0, len(every), len(axes))]
-        images = read_frames(segment.video_path, chosen)
+        images = read_frames(segment.video_path, chosen, backend)
     except DataError:
         chosen, images = [None] * len(axes), np.full((len(axes), 9, 16, 3), 230, np.uint8)
     for ax, index, image in zip(axes, chosen, images):

@@ -27,7 +27,7 @@ from .clips import wanted_frames
 from .files import DataError, check_trust, figure_text, from_root, latex_text, markdown_text, read_json, whole_file
 from .paper import PRINTED, harmonic_mean, over_seeds, printed
 from .segments import read_classes, read_segments
-from .video import frame_indices, probe, read_frames
+from .video import Backend, frame_indices, probe, read_frames
 
 # %% ../nbs/27_reporting.ipynb #a529db0f
 if TYPE_CHECKING:
@@ -111,9 +111,9 @@ def plot_segments(
         good = row.predicted == row.label
         segment = segments.loc[row.segment_id]
         try:
-            info = probe(segment.video_path)
-            every = wanted_frames(info, segment)
-            shown = read_frames(segment.video_path, every[frame_indices(0, len(every), frames)])
+            backend = Backend().at(segment)
+            every = wanted_frames(probe(segment.video_path, backend), segment)
+            shown = read_frames(segment.video_path, every[frame_indices(0, len(every), frames)], backend)
         except DataError:
             shown = np.full((frames, 90, 160, 3), 230, np.uint8)
         gap = np.full((len(shown[0]), max(1, shown[0].shape[1] // 40), 3), 255, np.uint8)
@@ -136,10 +136,11 @@ def plot_views(
     boxes = hand_boxes(config) if "hand" in config.views else None
     fig, axes = plt.subplots(2, len(some), figsize=(2.2 * len(some), 3.2), squeeze=False, constrained_layout=True)
     for (top, bottom), segment in zip(axes.T, some.itertuples()):
-        info = probe(segment.video_path, config.backend)
+        backend = Backend.of(config.backend).at(segment)
+        info = probe(segment.video_path, backend)
         every = wanted_frames(info, segment)
         index = int(every[len(every) // 2])
-        frame = read_frames(segment.video_path, [index], config.backend)[0]
+        frame = read_frames(segment.video_path, [index], backend)[0]
         box = boxes and boxes.box(segment, index, info, frame.shape[1], frame.shape[0])
         top.imshow(frame)
         top.set_title(figure_text(" ".join(clean(name) for name in (segment.verb, segment.noun))), fontsize=9)

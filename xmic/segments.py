@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from .classes import ClassSet
-from .names import Finder
+from .names import Finder, plain_name
 from .files import DataError, brief, code_file, did_you_mean, expand, is_code, load_code, read_json, read_table, read_text
 from .own import Fault, annotation_faults, groups_of, refuse, split_name
 
@@ -363,7 +363,7 @@ def _own_path(
 
 def _stem(video_path: str) -> str:
     "The name of a file without folders and ending, whichever system its path is of."
-    return (PureWindowsPath if "\\" in video_path else PurePath)(video_path).stem
+    return plain_name((PureWindowsPath if "\\" in video_path else PurePath)(video_path).stem)
 
 
 def _split_videos(

@@ -801,7 +801,7 @@ class VideoInfo:
     @property
     def stretched(self) -> str:  # "" for square pixels
         "What is to be said of pixels that are not square."
-        return "" if abs(self.aspect - 1) < 1e-3 else f"its pixels are {self.aspect:.4g} times as wide as they are high, and its frames are read as they are stored"
+        return "" if abs(self.aspect - 1) < 5e-3 else f"its pixels are {self.aspect:.4g} times as wide as they are high, and its frames are read as they are stored"
 
     @property
     def duration(self) -> float:  # seconds from the file's start to the end of its last frame
