@@ -303,7 +303,7 @@ def test_segments_without_features_are_counted(made, config, tmp_path):
     import shutil
     shutil.copytree(made, tmp_path / "copy")
     table = pd.read_csv(tmp_path / "copy/csv/segments.csv")
-    extra = table.tail(3).assign(segment_id=["x", "y", "z"], split="test")
+    extra = table.tail(3).assign(segment_id=["x", "y", "z"], video_id="other", split="test")
     pd.concat([table, extra]).to_csv(tmp_path / "copy/csv/segments.csv", index=False)
     run = train(replace(config, data_root=str(tmp_path / "copy/csv"), features_root=str(tmp_path / "copy/features")))
     assert run.metrics["segments"]["csv"] == dict(segments=23, with_features=20, missing=3)

@@ -74,7 +74,7 @@ def _xml(
         depth[0] -= 1
         tree.end(name)
 
-    parser.StartDoctypeDeclHandler = parser.EntityDeclHandler = parser.ExternalEntityRefHandler = refuse
+    parser.StartDoctypeDeclHandler = parser.EntityDeclHandler = refuse
     parser.StartElementHandler, parser.EndElementHandler, parser.CharacterDataHandler, parser.buffer_text = start, end, tree.data, True
     try:
         parser.Parse(data, True)

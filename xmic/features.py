@@ -768,7 +768,7 @@ def _rename_counted(view: StoredView, segments: pd.DataFrame) -> set[str]:  # th
         for row in lacking[lacking.video_id.map(shard_name) == shard].itertuples(index=False):
             same = (old for old, origin in stored.items() if old not in names and origin.span and origin.video and
                     origin.span == span_now(row, origin.span) and origin.video == identity(row.video_path))
-            if old := next(same, None): names[old] = row.segment_id
+            if (found := next(same, None)) is not None: names[found] = row.segment_id
         if names: _rename(view.folder / shard, names, view.dim)
         made |= set(names.values())
     return made

@@ -41,7 +41,7 @@ def _rows(
     wrong: Iterable[bool],  # for each row
     columns: Sequence[str],  # to be shown
 ) -> tuple[str, ...]:
-    return tuple(_row(place, {c: table[c].iloc[place] for c in columns if c in table}) for place in np.flatnonzero(np.asarray(list(wrong), bool)))
+    return tuple(_row(int(place), {c: table[c].iloc[place] for c in columns if c in table}) for place in np.flatnonzero(np.asarray(list(wrong), bool)))
 
 # %% ../nbs/03_own.ipynb #78f89900
 def alike(
