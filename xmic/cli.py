@@ -116,7 +116,8 @@ def videos(
         inside = _below(path) if recursive else sorted(str(p) for p in path.iterdir() if p.suffix.lower() in _VIDEOS and p.is_file())
         if not inside:
             from xmic.files import DataError
-            raise DataError(f"{one}: holds neither videos ({', '.join(_VIDEOS)}) nor frames (frame_0000000001.jpg and so on)")
+            raise DataError(f"{one}: holds neither videos ({', '.join(_VIDEOS)}) nor frames (frame_0000000001.jpg and so on)" +
+                            "; --recursive searches the folders in it" * (not recursive))
         found += inside
     return found
 
