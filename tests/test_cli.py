@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -113,6 +115,63 @@ def test_pages_and_annotated_videos(films, tmp_path):
     assert done.exit_code == 0 and "a.html written" in done.stderr and {p.name for p in tmp_path.iterdir()} == {"a.html", "a.mp4"}
     done = call(films / "a.mp4", films / "c.mov", *MINI, *NAMES, "--html", tmp_path / "pages")
     assert done.exit_code == 0 and {p.name for p in (tmp_path / "pages").iterdir()} == {"a.html", "c.html"}
+
+
+def test_tables_subtitles_and_tiers(films, tmp_path):
+    done = call(films / "a.mp4", *MINI, *NAMES, "--csv", tmp_path / "a.csv", "--srt", tmp_path / "a.srt", "--elan", tmp_path / "a.eaf", "--json")
+    answers, table = lines(done.stdout), pd.read_csv(tmp_path / "a.csv")
+    assert done.exit_code == 0 and all(f"a.{ending} written" in done.stderr for ending in ("csv", "srt", "eaf"))
+    for kind in ("noun", "verb"):
+        part = table[table.kind == kind]
+        assert part.name.tolist() == [row["name"] for a in answers for row in a[f"{kind}s"]] and set(table.video) == {str(films / "a.mp4")}
+        assert np.allclose(part.score, [row["score"] for a in answers for row in a[f"{kind}s"]], atol=1e-3)
+        tiers = ElementTree.parse(tmp_path / "a.eaf").getroot().findall(f"TIER[@TIER_ID='{kind}']/ANNOTATION/ALIGNABLE_ANNOTATION/ANNOTATION_VALUE")
+        assert [tier.text for tier in tiers] == [a[f"{kind}s"][0]["name"] for a in answers]
+    subtitles = (tmp_path / "a.srt").read_text(encoding="utf-8")
+    assert subtitles.count(" --> ") == 3 and f"noun: {answers[0]['nouns'][0]['name']}" in subtitles
+    done = call(films / "a.mp4", films / "c.mov", *MINI, *NAMES, *[word for o in ("csv", "srt", "elan") for word in (f"--{o}", tmp_path / "all")])
+    assert done.exit_code == 0 and {p.name for p in (tmp_path / "all").iterdir()} == {f"{name}.{ending}" for name in "ac" for ending in ("csv", "srt", "eaf")}
+
+
+@pytest.mark.parametrize("option, ending", [("--csv", "csv"), ("--srt", "srt"), ("--elan", "eaf")])
+def test_tables_subtitles_and_tiers_overwrite_nothing(films, tmp_path, monkeypatch, option, ending):
+    monkeypatch.setattr("xmic.cli._recognizer", no_model)
+    (tmp_path / f"a.{ending}").write_text("mine")
+    shutil.copy(films / "a.mp4", tmp_path / f"video.{ending}")
+    before = untouched(tmp_path)
+    for arguments, message in (([films / "a.mp4", option, tmp_path], "exists already"), ([films / "a.mp4", option, tmp_path / f"a.{ending}"], "--overwrite"),
+                               ([tmp_path / f"video.{ending}", option, tmp_path / f"video.{ending}", "--overwrite"], "is an input"),
+                               ([films / "a.mp4", films / "c.mov", option, f"x.{ending}"], "name a folder")):
+        done = call(*arguments, *MINI, *NAMES)
+        assert done.exit_code == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1 and untouched(tmp_path) == before
+
+
+def test_folders_are_searched_on_request(films, tmp_path, monkeypatch):
+    for name in ("b/x.mp4", "a/x.mp4", "a/deep/er/Y.MOV", "a-b/x.mp4", "z.mp4", ".hidden/x.mp4", "a/._x.mp4", "a/.x.mp4", "a/notes.txt"):
+        (tmp_path / "v" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(films / "a.mp4", tmp_path / "v" / name)
+    write_jpegs(tmp_path / "v/m/frames", 3)
+    (tmp_path / "v/m/frames/inside.mp4").write_text("part of the frames")
+    (tmp_path / "v/circle").symlink_to(tmp_path / "v", target_is_directory=True)
+    found = videos([str(tmp_path / "v")], recursive=True)
+    assert [Path(one).relative_to(tmp_path / "v").as_posix() for one in found] == ["a/deep/er/Y.MOV", "a/x.mp4", "a-b/x.mp4", "b/x.mp4", "m/frames", "z.mp4"]
+    walk = os.walk
+
+    def backwards(top):
+        for place, folders, names in walk(top):
+            folders.reverse()
+            yield place, folders, names[::-1]
+
+    monkeypatch.setattr(os, "walk", backwards)
+    assert videos([str(tmp_path / "v")], recursive=True) == found  # whatever order the file system has
+    monkeypatch.undo()
+    assert output_names(found) == ["Y", "a-x", "a-b-x", "b-x", "frames", "z"]
+    assert [Path(one).name for one in videos([str(tmp_path / "v")])] == ["z.mp4"]
+    assert len(videos([str(tmp_path / "v/a/deep")], recursive=True)) == 1
+    done = call(tmp_path / "v", "-r", *MINI, *NAMES, "--every", "all", "--csv", tmp_path / "out")
+    assert done.exit_code == 0 and {p.name for p in (tmp_path / "out").iterdir()} == {f"{name}.csv" for name in ("Y", "a-x", "a-b-x", "b-x", "frames", "z")}
+    done = call(tmp_path / "v/a/deep", *MINI, *NAMES)
+    assert done.exit_code == 1 and "holds neither videos" in done.stderr and "--recursive" in done.stderr
 
 
 def untouched(folder: Path) -> dict[str, bytes]:

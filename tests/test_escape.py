@@ -1,13 +1,19 @@
 """Texts from files, in pages and tables: shown as they are, whatever is in them."""
 import html
 import re
+from types import SimpleNamespace
+from xml.etree import ElementTree
 
+import matplotlib.pyplot as plt
+import matplotlib.text
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 from world import register_tiny
+from xmic import analysis, inspection, reporting
 from xmic.encoders import create_encoder
 from xmic.experiments import Plan, introduction, profile
 from xmic.files import latex_text, markdown_code, markdown_text
@@ -117,3 +123,56 @@ def test_explorer(name):
     for page in (ranking_html(table, (name, name)), neighbours_html(name, near, 1.0), map_html(square, name, (name, name)), attention_html({}, [name], name),
                  attention_html({"spatial": square[None], "temporal": square}, [name, name], name)):
         assert not re.search(r"<(script|img)", page)
+
+
+# Figures
+
+PRICES = ("$x$", r"a $\frac$ and $5", "$5 and $6", r"\$a$", "plain")
+
+
+def shown(fig) -> list[str]:
+    "What a figure says, as it is drawn; fails where a text is set as a formula."
+    fig.canvas.draw()
+    texts = [(text._preprocess_math(text.get_text())) for text in fig.findobj(matplotlib.text.Text) if text.get_text() and text.get_visible()]
+    assert not [text for text, formula in texts if formula]
+    plt.close(fig)
+    return [text for text, _ in texts]
+
+
+def drawn(name: str) -> dict:
+    "Figures that show a name, by the function that draws them."
+    both = dict(source=name, dataset=name, kind=name, method=name, run="a", low=10.0, high=90.0)
+    table = pd.DataFrame([dict(both, measure="top1", group=name, value=50.0, count=9)])
+    predictions = pd.DataFrame([dict(both, confidence=50.0 + i, right=bool(i % 2), classes=3) for i in range(9)])
+    differences = pd.DataFrame([dict(both, column=name, row=name, other=name, difference=1.0, verdict="higher")])
+    scores = pd.DataFrame([dict(both, variant=name, column="epic", value=50.0)])
+    lines = pd.DataFrame(dict(label=[name, "b"], predicted=["b", name], dataset=name, kind=name))
+    pairs = pd.DataFrame(dict(label=[name], predicted=["b"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analysis, "_confusions", lambda *_: (pairs, lines))
+        confusions = analysis.plot_confusions("run")
+    look = SimpleNamespace(degrees=torch.rand(4, 2), classes=SimpleNamespace(names=(name, "b")), attention={"spatial": torch.full((1, 1, 2, 2), 0.5), "temporal": torch.full((1, 3, 3), 1 / 3)},
+                           views=("full", "hand"), labels=[0], segments=pd.DataFrame(dict(video_path=["nowhere.mp4"])),
+                           best=lambda row: pd.DataFrame(dict(name=[name, "b"], share=[60.0, 40.0], right=[True, False])))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspection, "hand_boxes", lambda config: None)
+        answers = inspection.plot_answers(look, look, [0], None, (name, name))
+    top = dict(top1=dict(value=50.0, low=40.0, high=60.0, count=9))
+    return dict(accuracies=analysis.plot_accuracies(table), reliability=analysis.plot_reliability(predictions), differences=analysis.plot_differences(differences),
+                confusions=confusions, table=reporting.plot_table(scores), degrees=inspection.plot_degrees({name: look}), attention=inspection.plot_attention({name: look}),
+                answers=answers, run=reporting.plot_accuracies(SimpleNamespace(metrics=dict(results={name: {"noun": top}}))))
+
+
+@pytest.mark.parametrize("name", PRICES)
+def test_names_in_figures_are_no_formulas(name):
+    for what, fig in drawn(name).items():
+        assert any(name in text for text in shown(fig)), what
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_subtitles_and_tiers(tmp_path, name):
+    table = pd.DataFrame(dict(name=[name, "b"], score=[60.0, 40.0], zero_shot=[50.0, 50.0]))
+    line = Timeline(f"/videos/{name}", [Recognition(table, table, 0.0, 2.0, [0], [name], [None], {}, {"noun": table, "verb": table})])
+    for write, ending in ((line.to_elan, "eaf"), (line.to_srt, "srt"), (line.to_csv, "csv")): write(tmp_path / f"x.{ending}")
+    assert [one.text for one in ElementTree.parse(tmp_path / "x.eaf").iter("ANNOTATION_VALUE")] == [" ".join(name.split())] * 2
+    assert not re.search("[<>]", (tmp_path / "x.srt").read_text().replace(" --> ", "")) and set(pd.read_csv(tmp_path / "x.csv").name[:2]) == {name, "b"}

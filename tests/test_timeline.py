@@ -1,11 +1,18 @@
 """A video as a table, a page and an annotated video; streams."""
 import base64
+import csv
 import html
 import io
 import os
+import re
+import shutil
 import subprocess
 import sys
+from datetime import datetime
+from fractions import Fraction
 from html.parser import HTMLParser
+from urllib.parse import unquote, urlparse
+from xml.etree import ElementTree
 
 import av
 import numpy as np
@@ -104,6 +111,108 @@ def test_notes_are_said_once_with_the_stretches_they_hold_for():
     assert Timeline("v.mp4", answers).notes == ["no hand boxes", "hand crops in 3 of 16 frames (1 of 3 stretches)"]
 
 
+NASTY = ['a "quoted", name', "two\nlines\r\nand\ttabs", "ends --> here", "<i>x</i> {\\an8}", "a\x00b\x1b[0m\ud800", "=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", "žluťoučký 茶 🍵", "a\u2028b", "]]>&amp;"]
+
+
+def nasty(name: str) -> list[Recognition]:
+    return [answer(names=(name, "pan")), answer(2.0, 3.2505, names=("pan", name))]
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_the_csv_reads_back_and_runs_no_formula(tmp_path, name):
+    Timeline("-videos/x.mp4", nasty(name)).to_csv(tmp_path / "x.csv")
+    with open(tmp_path / "x.csv", newline="", encoding="utf-8") as file: rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["video", "start", "stop", "kind", "rank", "name", "score", "zero_shot"] and len(rows) == 12
+    assert {row["video"] for row in rows} == {"'-videos/x.mp4"} and rows[-1]["stop"] == "3.2505"
+    written = name.encode("utf-8", "backslashreplace").decode()
+    assert [row["name"].removeprefix("'") for row in rows if row["kind"] == "noun"] == [written, "pan", "pan", written]
+    assert not [cell for row in rows for column in ("video", "kind", "name") if (cell := row[column])[0] in "=+-@\t\r\n"]
+    assert ("'" + written in {row["name"] for row in rows}) == (name[0] in "=+-@")
+
+
+def read_srt(text: str) -> list[tuple[float, float, list[str]]]:
+    "What a player finds in an .srt file."
+    found = []
+    for number, block in enumerate(text.rstrip("\n").split("\n\n"), 1):
+        index, times, *lines = block.split("\n")
+        hours = re.fullmatch(r"(\d\d):([0-5]\d):([0-5]\d),(\d{3}) --> (\d\d):([0-5]\d):([0-5]\d),(\d{3})", times)
+        a, b, c, d, e, f, g, h = map(int, hours.groups())
+        assert index == str(number) and lines and not any("-->" in line or not line for line in lines)
+        found.append((a * 3600 + b * 60 + c + d / 1000, e * 3600 + f * 60 + g + h / 1000, lines))
+    return found
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_subtitles_are_one_block_a_stretch_whatever_the_names(tmp_path, name):
+    Timeline("x.mp4", [*nasty(name), answer(3725.1, 3727.4)]).to_srt(tmp_path / "x.srt")
+    text = (tmp_path / "x.srt").read_bytes().decode("utf-8")
+    found = read_srt(text)
+    assert [(start, stop) for start, stop, _ in found] == [(0, 2), (2, 3.25), (3725.1, 3727.4)]
+    assert all([line.split(":")[0] for line in lines[1:]] == ["verb", "noun"] and len(lines) == 3 for *_, lines in found)
+    assert found[2][2] == ["take pan  63 %".replace("  ", " "), "verb: take 70 % put 30 %", "noun: pan 90 % knife 10 %"]
+    assert not re.search("[<>{}\x00-\x09\x0b-\x1f]", text.replace(" --> ", ""))
+
+
+def read_eaf(path) -> dict:
+    "The tiers of an .eaf file, checked against the structure of EAF 3.0."
+    root = ElementTree.parse(path).getroot()
+    assert root.tag == "ANNOTATION_DOCUMENT" and root.get("FORMAT") == "3.0" and root.get("VERSION") and root.get("AUTHOR") is not None
+    assert datetime.fromisoformat(root.get("DATE")).tzinfo
+    order = ["LICENSE", "HEADER", "TIME_ORDER", "TIER", "LINGUISTIC_TYPE", "LOCALE", "LANGUAGE", "CONSTRAINT", "CONTROLLED_VOCABULARY"]
+    tags = [child.tag for child in root]
+    assert tags == sorted(tags, key=order.index) and tags.count("HEADER") == tags.count("TIME_ORDER") == 1
+    header = root.find("HEADER")
+    assert header.get("TIME_UNITS") == "milliseconds" and [child.tag for child in header] in (["PROPERTY"], ["MEDIA_DESCRIPTOR", "PROPERTY"])
+    slots = {slot.get("TIME_SLOT_ID"): int(slot.get("TIME_VALUE")) for slot in root.find("TIME_ORDER")}
+    assert list(slots.values()) == sorted(slots.values()) and len(slots) == len(root.find("TIME_ORDER"))
+    types = {one.get("LINGUISTIC_TYPE_ID") for one in root.findall("LINGUISTIC_TYPE")}
+    tiers, ids, used = {}, [], []
+    for tier in root.findall("TIER"):
+        assert tier.get("LINGUISTIC_TYPE_REF") in types and tier.get("TIER_ID") not in tiers
+        held = [one.find("ALIGNABLE_ANNOTATION") for one in tier.findall("ANNOTATION")]
+        ids += [one.get("ANNOTATION_ID") for one in held]
+        used += [one.get(f"TIME_SLOT_REF{i}") for one in held for i in (1, 2)]
+        tiers[tier.get("TIER_ID")] = [(slots[one.get("TIME_SLOT_REF1")], slots[one.get("TIME_SLOT_REF2")], one.find("ANNOTATION_VALUE").text) for one in held]
+        assert all(start < stop for start, stop, _ in tiers[tier.get("TIER_ID")])
+    assert len({*ids, *slots}) == len(ids) + len(slots) and sorted(used) == sorted(slots)  # IDs are unique in the document, and each slot has one owner
+    assert header.find("PROPERTY").get("NAME") == "lastUsedAnnotationId" and header.find("PROPERTY").text == str(len(ids))
+    return tiers
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_tiers_for_elan_are_valid_whatever_the_names(tmp_path, name):
+    Timeline("x.mp4", nasty(name)).to_elan(tmp_path / "x.eaf")
+    plain = {"two\nlines\r\nand\ttabs": "two lines and tabs", "a\x00b\x1b[0m\ud800": "a\ufffdb\ufffd[0m\ufffd", "a\u2028b": "a b"}.get(name, name)
+    assert read_eaf(tmp_path / "x.eaf") == {"verb": [(0, 2000, "take"), (2000, 3250, "take")], "noun": [(0, 2000, plain), (2000, 3250, "pan")]}
+
+
+def test_tiers_name_the_video_by_its_place(recognizer, tmp_path):
+    film = write_video(tmp_path / "a #1%.mp4", 20, 10)
+    (tmp_path / "out").mkdir()
+    timeline(recognizer, film, nouns=NAMES["nouns"], every=0.7).to_elan(tmp_path / "out/x.eaf")
+    assert {kind: len(tier) for kind, tier in read_eaf(tmp_path / "out/x.eaf").items()} == {"noun": 3}
+    media = ElementTree.parse(tmp_path / "out/x.eaf").getroot().find("HEADER/MEDIA_DESCRIPTOR")
+    assert unquote(urlparse(media.get("MEDIA_URL")).path) == str(film) and media.get("MIME_TYPE") == "video/mp4"
+    assert (tmp_path / "out" / unquote(media.get("RELATIVE_MEDIA_URL"))).samefile(film) and media.get("RELATIVE_MEDIA_URL").startswith("./")
+
+
+def test_pixels_that_are_not_square_keep_their_shape(recognizer, film, tmp_path):
+    with av.open(str(film)) as old, av.open(str(tmp_path / "wide.mp4"), "w") as new:
+        stream = new.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+        for frame in old.decode(video=0):
+            frame.pts = None
+            new.mux(stream.encode(frame))
+        new.mux(stream.encode())
+    shutil.copy(tmp_path / "wide.mp4", tmp_path / "tall.mp4")
+    turn(tmp_path / "tall.mp4")
+    for name, aspect in (("wide.mp4", Fraction(4, 3)), ("tall.mp4", Fraction(3, 4)), (film, 1)):
+        assert probe(tmp_path / name).aspect == pytest.approx(float(aspect))
+        timeline(recognizer, tmp_path / name, **NAMES).annotate(tmp_path / "out.mp4", overwrite=True)
+        with av.open(str(tmp_path / "out.mp4")) as made: assert (made.streams.video[0].sample_aspect_ratio or 1) == aspect
+
+
 def test_the_annotated_video_has_the_frames_of_the_stretches_with_their_hand_boxes(recognizer, film, tmp_path):
     seen = timeline(recognizer, film, **NAMES, start=1.0, stop=5.0, boxes=lambda frames: [(20, 10, 60, 50)] * len(frames))
     seen.annotate(tmp_path / "out.mp4")
@@ -198,19 +307,19 @@ def test_the_video_is_never_overwritten(tmp_path, link, overwrite):
     else: path = tmp_path / ".." / tmp_path.name / "film.mp4"
     before = film.read_bytes()
     seen = Timeline(str(film), [answer()])
-    for write in (lambda: seen.annotate(path, overwrite=overwrite), lambda: seen.to_html(path, overwrite=overwrite)):
-        with pytest.raises(DataError, match="is an input.*never overwritten"): write()
+    for write in (seen.annotate, seen.to_html, seen.to_csv, seen.to_srt, seen.to_elan):
+        with pytest.raises(DataError, match="is an input.*never overwritten"): write(path, overwrite=overwrite)
     assert film.read_bytes() == before and not list(tmp_path.glob(".*"))
 
 
 def test_files_that_exist_are_overwritten_only_on_demand(film, tmp_path):
     seen = Timeline(str(film), [answer(0, 6)])
-    for write, name in ((seen.annotate, "notes.mp4"), (seen.to_html, "notes.html")):
+    for write, name in ((seen.annotate, "notes.mp4"), (seen.to_html, "notes.html"), (seen.to_csv, "notes.csv"), (seen.to_srt, "notes.srt"), (seen.to_elan, "notes.eaf")):
         (tmp_path / name).write_text("mine")
         with pytest.raises(DataError, match=f"{name} exists already.*overwrite=True"): write(tmp_path / name)
         assert (tmp_path / name).read_text() == "mine"
         write(tmp_path / name, overwrite=True)
-        assert (tmp_path / name).stat().st_size > 1000
+        assert (tmp_path / name).read_bytes() != b"mine"
     with pytest.raises(DataError, match="is a file, not a folder"): seen.to_html(tmp_path / "notes.html" / "page.html")
     write_jpegs(tmp_path / "frames", 3)
     with pytest.raises(DataError, match="is an input"): Timeline(str(tmp_path / "frames"), [answer()]).to_html(tmp_path / "frames/frame_0000000002.jpg", overwrite=True)
