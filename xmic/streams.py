@@ -73,8 +73,9 @@ def shift_bins(
     frames: int,  # T
     rng: np.random.Generator,
 ) -> np.ndarray:  # (S, T) rows within the span
-    "Bin starts, all of a segment shifted by one random number: EGTEA's test frames as released."
-    start, length = np.asarray(start)[:, None], (np.asarray(stop) - np.asarray(start))[:, None]
+    "Bin starts of all rows but the last, those of a segment shifted by one random number: EGTEA's test frames as released."
+    start = np.asarray(start)[:, None]
+    length = np.maximum(np.asarray(stop)[:, None] - start - 1, 1)
     return start + np.arange(frames) * length // frames + rng.integers(0, np.maximum(length // frames, 1))
 
 
