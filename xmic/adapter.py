@@ -142,9 +142,10 @@ def _into_clip_space(
     width: int,  # d
     dim: int,  # D
     post_mlp: bool,
+    last_relu: bool = True,
 ) -> nn.Module:  # (..., d) -> (..., D)
     if post_mlp:
-        return nn.Sequential(nn.Linear(width, width // 16), nn.ReLU(), nn.Linear(width // 16, dim), nn.ReLU())
+        return nn.Sequential(nn.Linear(width, width // 16), nn.ReLU(), nn.Linear(width // 16, dim), *[nn.ReLU()] * last_relu)
     return nn.Identity() if width == dim else nn.Linear(width, dim)
 
 # %% ../nbs/16_adapter.ipynb #a13a9cba
@@ -170,14 +171,18 @@ class XMIC(nn.Module):
                  normalize_frames: bool = False,  # each classified frame to length one before the mean
                  logit_scale: float = 100.0,  # factor of the cosine at the start
                  train_logit_scale: bool = True,
+                 last_relu: bool = True,  # the second ReLU of post_mlp; the code's default is none
+                 bottleneck: float = 4.0,  # the MLPs of the attention have d / bottleneck units; the code's default is 0.25, thus four times d
+                 text_prompt: nn.Module | None = None,  # `TextPrompt`: passes the vector through the text tower, as by the code's default
                 ):
         super().__init__()
         width = context_dim or dim
         self.norm_input, self.norm_vector, self.norm_text = norm_input, norm_vector, norm_text
         self.normalize_frames = normalize_frames
-        self.adapter = EgoSpatioTemporalAttention(width, frames, spatial_layers, temporal_layers, heads,
+        self.adapter = EgoSpatioTemporalAttention(width, frames, spatial_layers, temporal_layers, heads, int(width / bottleneck),
                                                   merge=merge, positions=positions, pool=pool)
-        self.mlp = _into_clip_space(width, dim, post_mlp)
+        self.mlp = _into_clip_space(width, dim if text_prompt is None else text_prompt.width, post_mlp, last_relu)
+        self.text_prompt = text_prompt
         self.scale = nn.Parameter(torch.tensor(float(scale)), requires_grad=train_scale)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(logit_scale)), requires_grad=train_logit_scale)
 
@@ -187,6 +192,8 @@ class XMIC(nn.Module):
         "The X-MIC vector $a_v$ of each video, before the factor s."
         x = F.normalize(context, dim=-1) if self.norm_input else context
         a = self.mlp(self.adapter(x))
+        if self.text_prompt is not None:
+            a = self.text_prompt(a)
         return F.normalize(a, dim=-1) if self.norm_vector else a
 
     def forward(self,

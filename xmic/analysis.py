@@ -62,7 +62,14 @@ def _predictions(folder: Path, fields: Sequence[str]) -> pd.DataFrame:
 def _config(folder: Path) -> dict:
     if not (folder / "metrics.json").exists():
         raise DataError(f"{folder} is not the folder of a finished run: it must hold metrics.json")
-    return read_json(folder / "config.json")
+    from xmic.config import as_it_was
+
+    return as_it_was(read_json(folder / "config.json"))
+
+
+def _classes(config: Any, dataset: str, root: str | Path, kind: str) -> ClassSet:
+    "The classes that competed in a run."
+    return read_classes(dataset, root, kind, dataset == "egtea" and config.egtea_empty_class)
 
 
 def _plain(value: Any) -> Any:
@@ -216,10 +223,10 @@ def by_frequency(
     def group(config: Any, dataset: str, kind: str) -> np.ndarray:
         source, place = config.dataset, (str(_root(config, config.dataset, trust_code)), str(_root(config, dataset, trust_code)), dataset, kind)
         if place not in known:
-            classes = read_classes(source, place[0], kind)
+            classes = _classes(config, source, place[0], kind)
             labels = classes.labels(read_segments(source, place[0], "train")[kind])
             counts = np.bincount(labels[labels >= 0], minlength=len(classes))
-            known[place] = class_frequencies(read_classes(dataset, place[1], kind), classes, counts)
+            known[place] = class_frequencies(_classes(config, dataset, place[1], kind), classes, counts)
         return known[place]
 
     table = _grouped(folders, fields, lambda config, lines: group(config, lines["dataset"].iloc[0], lines["kind"].iloc[0])[lines["label"]],
@@ -252,7 +259,7 @@ def _check_names(config: Any, folder: Path, lines: pd.DataFrame, trust_code: boo
     "`DataError` where the class list that the numbers of a run are from is not the one that is there now."
     dataset, kind = lines["dataset"].iloc[0], lines["kind"].iloc[0]
     said = dict(zip(lines["label"], lines["label_name"])) if "label_name" in lines else {}
-    names = read_classes(dataset, _root(config, dataset, trust_code), kind).names if said else ()
+    names = _classes(config, dataset, _root(config, dataset, trust_code), kind).names if said else ()
     if odd := [f"class {i}: {name!r} in the run, {names[i]!r} now" if i < len(names) else f"class {i}: {name!r} in the run, none now"
                for i, name in sorted(said.items()) if i >= len(names) or names[i] != name]:
         raise DataError.rows(f"{folder}: the list of {kind} classes of {dataset} has changed since this run: run it again", odd)

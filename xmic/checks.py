@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any, Iterable, Iterator, NamedTuple
 
 import numpy as np
@@ -30,9 +29,9 @@ from .clips import first_number, wanted_frames
 from .experiments import ANNOTATIONS, PIXELS, TABLES, Profile, Store, cells, profile, runs
 from .names import VIDEO_ENDINGS, is_hidden, plain_name, visible
 from .files import DataError, brief, did_you_mean, expand, from_root, progress_bar, read_json, read_table
-from .hands import HandBoxes, read_100doh, read_boxes, read_epic_hands
+from .hands import HandBoxes, read_100doh, read_epic_hands
 from .own import Fault, unit_of
-from .segments import (_EGO4D_FOLDERS, _EGTEA_FOLDERS, _EPIC_FOLDERS, _csv_path, _find, epic_frame_rate, own_faults, read_classes, read_csv,
+from .segments import (_EGO4D_FOLDERS, _EGTEA_FOLDERS, _EPIC_FOLDERS, _find, epic_frame_rate, own_faults, read_classes,
                            read_epic_tail, read_epic_unseen, read_segments)
 from .video import Backend, DecodePool, VideoInfo, probe
 

@@ -57,9 +57,12 @@ def wanted_frames(
     info: VideoInfo,
     segment: Any,  # with start_sec and stop_sec, or, for a folder of frames, start_frame and stop_frame
     feature_fps: float | None = None,  # frames per second to keep; None: all
+    extra_seconds: float = 0.0,  # behind the segment, as far as the video goes
 ) -> np.ndarray:  # (N,) int64, increasing, counted from 0
     "The frames of a segment that are stored. Raises `DataError` if it lies outside its video."
     start, stop = (_frames_of_folder if info.folder else _frames_of_file)(info, segment)
+    if extra_seconds and not info.folder:
+        stop = max(stop, frames_between(segment.start_sec, min(segment.stop_sec + extra_seconds, info.end), info)[1])
     if feature_fps and not info.fps_known:
         raise DataError(f"segment {segment.segment_id}: {_NO_RATE}")
     if not feature_fps or feature_fps >= info.fps:
@@ -216,6 +219,7 @@ class ClipTask:
     chunk: int = 64  # crops sent at once
     clip_frames: int = 1  # frames that are encoded together
     whole_frames: bool = False  # frames are sent as they are, to be cut and resized elsewhere
+    extra_seconds: float = 0.0  # behind each segment
 
 # %% ../nbs/13_clips.ipynb #e4505cd0
 @dataclass
@@ -411,7 +415,7 @@ def clip_pixels(
         for segment in segments:
             try:
                 if task.whole_files: segment.start_sec, segment.stop_sec = 0.0, info.duration
-                frames = wanted_frames(info, segment, task.feature_fps)
+                frames = wanted_frames(info, segment, task.feature_fps, task.extra_seconds)
                 wanted.append((segment, frames if task.clip_frames == 1 else frames[frame_indices(0, len(frames), TEST_FRAMES)]))
             except DataError as e:
                 origin = segment.origin if info.fps_known else segment.origin._replace(span=f"{segment.origin.span} at an unknown rate")  # tried again

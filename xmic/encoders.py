@@ -147,6 +147,17 @@ class Encoder(nn.Module):
         other.preprocess = replace(self.preprocess, resize=self.trained_resize if resize == "as trained" else resize)
         return other
 
+    def with_pixels(
+        self,
+        **settings: Any,  # of `Preprocess`: interpolation, mean, std
+    ) -> "Encoder":
+        "The same towers, shared, behind pixels that are resized or normalised otherwise."
+        other = copy(self)
+        other.preprocess, other._made, other._passes = replace(self.preprocess, **settings), {}, {}
+        other._buffers = dict(self._buffers)
+        for key in ("mean", "std"): setattr(other, key, torch.tensor(getattr(other.preprocess, key), device=self.device).view(1, 3, 1, 1))
+        return other
+
     def __getstate__(self) -> dict:
         return self.__dict__ | dict(_made={}, _passes={})
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'PAIR', 'MINI_NOTE', 'PAPER_NOTE', 'MINI_METHODS', 'PAPER_METHODS', 'MINI_ENCODERS', 'BACKBONES',
-           'LAVILA_WEIGHTS', 'FRAMES_FPS', 'WORLDS', 'METHODS', 'PIXELS', 'VIEWS', 'NORMALISATIONS', 'PROMPTS',
-           'SWITCHES', 'RECIPES', 'RELEASED_LR', 'EGO4D', 'NOUNS', 'TABLES', 'TITLES', 'ANNOTATIONS', 'FIRST',
-           'Profile', 'profile', 'Row', 'prompt_settings', 'backbone_settings', 'Store', 'Run', 'run', 'columns',
-           'cells', 'poster_cells', 'rows_of', 'runs', 'Plan', 'plan', 'annotations', 'note_annotations',
-           'changed_runs', 'failures', 'first_rows', 'introduction', 'world_size', 'prepare']
+           'LAVILA_WEIGHTS', 'FRAMES_FPS', 'CLASSIFIED', 'EARLIER', 'WORLDS', 'METHODS', 'PIXELS', 'VIEWS',
+           'NORMALISATIONS', 'PROMPTS', 'SWITCHES', 'RECIPES', 'RELEASED_LR', 'EGO4D', 'NOUNS', 'TABLES', 'TITLES',
+           'ANNOTATIONS', 'FIRST', 'Profile', 'profile', 'Row', 'prompt_settings', 'backbone_settings', 'Store', 'Run',
+           'run', 'columns', 'cells', 'poster_cells', 'rows_of', 'runs', 'Plan', 'plan', 'annotations',
+           'note_annotations', 'changed_runs', 'failures', 'first_rows', 'introduction', 'world_size', 'prepare']
 
 # %% ../nbs/33_experiments.ipynb #e8d6b3c2
 import errno
@@ -59,6 +59,7 @@ class Profile:
     note: str  # stands on every table
     shown: dict[str, str] = field(default_factory=dict)  # printed variant -> what stands in its place here
     one_seed: tuple[str, ...] = ()  # methods that take too long for several
+    classified: dict[str, str] = field(default_factory=lambda: dict(CLASSIFIED))  # row -> "hand" or "full", where no source says which is classified
     threads: int = 1  # of each job
     gpus: int = 0  # of each job that runs an encoder or trains
 
@@ -79,6 +80,8 @@ MINI_ENCODERS = {"clip": "mini-clip", "dino": "mini-dino", "large": "mini-clip-l
 BACKBONES = {"CLIP ViT-B/16": "clip", "CLIP ViT-L/14": "large", "LaViLa ViT-L/14": "lavila"}  # of Table 5
 LAVILA_WEIGHTS = "weights/lavila-large.pth"  # in the folder of the datasets; the released file, see data/README.md
 FRAMES_FPS = 8.0  # of stored frames of real videos: every frame would be a terabyte and more
+CLASSIFIED = {"F": "hand", "Vita-CLIP": "hand"}  # of Table 4's row, and of the baseline
+EARLIER = dict(leave_last_frame=False, classified_view="hand")  # what names of runs do not say
 WORLDS = {"default": "data/mini", "large": "data/mini-large", "tiny": "data/mini-tiny"}
 
 
@@ -95,8 +98,9 @@ def profile(
         encoders = {role: dict(encoder=encoder) for role, encoder in MINI_ENCODERS.items()}
         return Profile(
             name, size, WORLDS[size], f"features/{folder}", f"runs/{folder}", f"reports/{folder}", encoders,
-            extract=dict(feature_fps=8.0, workers=1, device="cpu", progress=False), frames=dict(views=["hand"]),
-            train=dict(epochs=40, batch_size=32, device="cpu", progress=False), methods=MINI_METHODS, note=MINI_NOTE,
+            extract=dict(feature_fps=8.0, workers=1, device="cpu", progress=False), frames={},
+            train=dict(epochs=40, batch_size=32, device="cpu", progress=False, leave_last_frame=False),  # 8 frames a second have none for the last one
+            methods=MINI_METHODS, note=MINI_NOTE,
             shown={backbone: MINI_ENCODERS[role] for backbone, role in BACKBONES.items()}, one_seed=("cocoop", "vita_clip"))
     if name != "paper":
         raise DataError(f"profile={name!r} is unknown: 'mini' or 'paper'{did_you_mean(name, ['mini', 'paper'])}")
@@ -105,8 +109,8 @@ def profile(
     encoders = {"clip": dict(encoder="ViT-B-16-quickgelu"), "dino": dict(encoder="dinov2_vitl14"), "large": dict(encoder="ViT-L-14-quickgelu"),
                 "lavila": dict(encoder="lavila-large", weights=str(from_root(data) / LAVILA_WEIGHTS))}
     return _changed(Profile(
-        name, "", str(from_root(data)), "features", "runs/paper", "reports/paper", encoders, extract={}, frames=dict(views=["hand"], feature_fps=FRAMES_FPS),
-        train=dict(epochs=15, batch_size=32), methods=PAPER_METHODS, note=PAPER_NOTE, threads=4, gpus=1))
+        name, "", str(from_root(data)), "features", "runs/paper", "reports/paper", encoders, extract={}, frames=dict(feature_fps=FRAMES_FPS),
+        train=dict(epochs=15, batch_size=32, leave_last_frame=True), methods=PAPER_METHODS, note=PAPER_NOTE, threads=4, gpus=1))
 
 
 def _changed(p: Profile) -> Profile:
@@ -182,7 +186,7 @@ METHODS: dict[str, dict] = {
     "CoOp": dict(method="coop"),
     "CoCoOp": dict(method="cocoop"),
     "CLIP-Adapter": dict(method="clip_adapter"),
-    "CLIP-Adapter*": dict(method="clip_adapter_temporal"),
+    "CLIP-Adapter*": dict(method="clip_adapter_temporal", adapter_blend="raw"),
     "A5": dict(method="a5"),
     "Vita-CLIP": dict(method="vita_clip"),
     "X-MIC": {},
@@ -291,7 +295,8 @@ def _store(p: Profile, dataset: str, split: str, role: str, pixels: bool) -> Sto
     parameters = dict(dataset=dataset, data_root=p.root(dataset), splits=[split], features_root=p.features_root, **encoder, **p.extract)
     if not pixels:
         return Store(f"{dataset}-{split}-{_slug(encoder['encoder'])}", parameters)
-    return Store(f"{dataset}-{split}-frames-{_slug(encoder['encoder'])}", dict(parameters, **p.frames), "store_frames")
+    view = p.classified.get("Vita-CLIP", "hand")
+    return Store(f"{dataset}-{split}-frames-{_slug(encoder['encoder'])}" + f"-{view}" * (view != "hand"), dict(parameters, **p.frames, views=[view]), "store_frames")
 
 
 def run(
@@ -317,7 +322,11 @@ def run(
     parameters = dict(p.train, labels=kind) | p.methods.get(method, {}) | encoders | ours | dict(dataset=source, targets=targets, seed=seed)
     if code := code_sha256(method, *(parameters.get(f) for f in roles)):
         parameters["code"] = code
-    key = hashlib.sha256(json.dumps({k: v for k, v in parameters.items() if k != "progress"}, sort_keys=True).encode()).hexdigest()[:6]
+    row = "Vita-CLIP" if pixels else "F" if ours.get("context_views") == ["full"] else ""
+    said = {} if ours.get("recipe") == "paper" else dict(classified_view=p.classified[row]) if row in p.classified else {}
+    parameters = said | parameters | (dict(leave_last_frame=False) if ours.get("recipe") == "paper" else {})
+    unsaid = {k for k, v in EARLIER.items() if k not in ours and parameters.get(k) == v}
+    key = hashlib.sha256(json.dumps({k: v for k, v in parameters.items() if k != "progress" and k not in unsaid}, sort_keys=True).encode()).hexdigest()[:6]
     apart = [f"{k}={_slug(v)}" for k, v in settings.items() if k not in ("method", "labels")]
     name = "-".join([source, parameters["labels"], code_name(method), *apart, f"seed{parameters['seed']}", key])
     places = dict(data_root=p.root(source), target_roots={d: p.root(d) for d in targets}, features_root=p.features_root,
@@ -606,6 +615,7 @@ def prepare(
         small = profile(size=size)
         config = replace(config, encoder=config.encoder or small.encoders["clip"]["encoder"],
                          features_root=small.features_root if config.features_root == "features" else config.features_root)
+    if size and config.leave_last_frame is None: config = replace(config, leave_last_frame=False)  # as in the plan
     config = resolve(config)
     if size:
         try:
@@ -659,7 +669,7 @@ def _extract_missing(config: "TrainConfig", splits: dict[str, list[str]], settin
     for (name, weights, clip_frames), views in wanted.items():
         encoder = create_encoder(name, weights, config.device, precision=config.encoder_precision, clip_frames=clip_frames)
         for dataset, which in splits.items():
-            (root, segments), store = found[dataset], dataset_store(features_folder(config.features_root), encoder, config.resize, dataset)
+            (root, segments), store = found[dataset], dataset_store(features_folder(config.features_root), encoder, config.resize, dataset, config.extra_seconds)
             there = store.manifest
             left = segments if views - set(there) else segments[segments.segment_id.isin(
                 [*store.missing(segments, sorted(views)).query("cause == 'not extracted yet'").segment_id, *store.changed(segments, sorted(views)).segment_id])]
@@ -670,5 +680,5 @@ def _extract_missing(config: "TrainConfig", splits: dict[str, list[str]], settin
             print(f"{dataset}: {len(left):,} of {len(segments):,} segments have no features by {name} yet, or of other times or videos; extracting them into {config.features_root}", flush=True)
             extract_dataset(ExtractConfig(**settings | as_before | dict(
                 dataset=dataset, data_root=str(root), splits=which, encoder=name, weights=weights, clip_frames=clip_frames, resize=config.resize,
-                views=["full", "hand"], features_root=config.features_root, device=config.device,
+                extra_seconds=config.extra_seconds if dataset == "ego4d" else 0.0, views=["full", "hand"], features_root=config.features_root, device=config.device,
                 precision=config.encoder_precision, progress=config.progress)))

@@ -36,7 +36,7 @@ from .classes import ClassSet
 from .clips import wanted_frames
 from .encoders import ClassEmbeddings, Encoder, embed_prompts
 from .experiments import DATASETS, prepare, profile, world_size
-from .features import ExtractConfig, StoredView, hand_boxes, resize_policy
+from .features import ExtractConfig, StoredView, hand_boxes, released_encoder
 from .names import visible
 from .files import DataError, brief, check_trust, from_root, is_code
 from .hands import HandBoxes
@@ -256,7 +256,7 @@ class OpenRun:
         segment, numbers = _film(path, start, stop, c.frames)
         images, info = read_frames(path, numbers), probe(path)
         found = [boxes.box(segment, int(n), info, images.shape[2], images.shape[1]) if boxes else None for n in numbers]
-        encoder, context = (e.with_resize(resize_policy(c.resize, c.dataset)) for e in (self.data.encoder, self.data.context))
+        encoder, context = (released_encoder(e, c.resize, c.dataset) for e in (self.data.encoder, self.data.context))
         return Clip(str(path), segment, numbers, SampledFrames(numbers.tolist(), images, found).batch(c, encoder, context), {})
 
     @torch.inference_mode()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPEN_SHARDS', 'IN_FLIGHT', 'write_shard', 'CannotOpen', 'read_shard', 'shard_name', 'read_checked', 'StoredView',
            'changed_since', 'FailureLog', 'FeatureStore', 'ExtractReport', 'manifest_of', 'check_extraction',
-           'file_size', 'counted_ids', 'Timed', 'extract', 'ExtractConfig', 'resize_policy', 'dataset_store',
-           'hand_boxes', 'extract_dataset']
+           'file_size', 'counted_ids', 'Timed', 'extract', 'ExtractConfig', 'resize_policy', 'released_encoder',
+           'plus_seconds', 'dataset_store', 'hand_boxes', 'extract_dataset']
 
 # %% ../nbs/14_features.ipynb #f0d2f427
 import hashlib
@@ -38,7 +38,9 @@ from .encoders import Encoder, create_encoder
 from .files import DataError, brief, data_folder, features_folder, from_root, one_at_a_time, parse_json, progress_bar, read_json, \
     remove_leftovers, sync_folder, whole_file, writable, write_json
 from .hands import HandBoxes
+from .lavila import LAVILA_MEAN, LAVILA_STD
 from .names import is_hidden, visible
+from .pixels import ALIASED, CLIP_MEAN
 from .segments import read_segments
 from .towers import device_squares, without_waiting
 from .video import Backend, DecodePool, WorkerKilled, decoder_version, out_of_memory
@@ -623,9 +625,11 @@ def manifest_of(
     feature_fps: float | None,
     backend: str | Backend,
     boxes: HandBoxes | None,
+    extra_seconds: float = 0.0,
 ) -> dict:
     "All that the rows of a view depend on."
-    return dict(encoder.describe(), view=view, feature_fps=feature_fps or "every frame", decoder=decoder_version(backend),
+    longer = dict(fingerprint=plus_seconds(encoder.fingerprint, "ego4d", extra_seconds), extra_seconds=extra_seconds) if extra_seconds else {}
+    return dict(encoder.describe() | longer, view=view, feature_fps=feature_fps or "every frame", decoder=decoder_version(backend),
                 boxes=boxes.fingerprint if view == "hand" and boxes else "whole frames")
 
 
@@ -966,6 +970,7 @@ def extract(
     progress: bool = True,
     across_videos: bool | None = None,  # batches of one size, filled with several videos; None: on a GPU
     resize_on: str = "auto",  # frames, to the same squares: by the "workers", as they decode, or on the "device" that encodes; "auto": "device" on a GPU
+    extra_seconds: float = 0.0,  # behind each segment, as far as the video goes
 ) -> ExtractReport:
     "Fills the stores with all segments that they lack, or have of other times or another video. Can be stopped at any moment and started again."
     encoders = [encoder] if isinstance(encoder, Encoder) else list(encoder)
@@ -986,11 +991,11 @@ def extract(
     on_gpu = all(e.device.type == "cuda" for e in encoders)
     if resize_on == "auto": resize_on = "device" if on_gpu else "workers"
     begin, report = time.perf_counter(), ExtractReport(segments)
-    manifests = [(s, v, manifest_of(e, v, feature_fps, backend, boxes)) for e, s in zip(encoders, stores) for v in views]
+    manifests = [(s, v, manifest_of(e, v, feature_fps, backend, boxes, extra_seconds)) for e, s in zip(encoders, stores) for v in views]
     for s, v, manifest in manifests: _check_view(s, v, manifest)
     for s, v, manifest in manifests: _open_view(s, v, manifest)
     tasks = [ClipTask(video, tuple(rows), views, tuple(e.preprocess for e in encoders), feature_fps, boxes, backend, whole_files,
-                      clip_frames=n, whole_frames=resize_on == "device")
+                      clip_frames=n, whole_frames=resize_on == "device", extra_seconds=extra_seconds)
              for video, rows in _left_to_do(segments, stores, views, report).items()]
     across = on_gpu if across_videos is None else across_videos
     batches = _Batches(encoders, max(1, batch_size // n) * n, report, across)
@@ -1012,7 +1017,8 @@ class ExtractConfig:
     encoder: str = "ViT-B-16-quickgelu"  # an open_clip or timm name, or one of DINOv2's, such as "dinov2_vitl14"
     weights: str | None = None  # pretrained tag, local file, or "random"; None: OpenAI's
     clip_frames: int = 1  # frames that LaViLa reads at once: 1, or 2, 4, 8 or 16 of the 16 test frames of a segment
-    resize: str = "shortest"  # full frames: "shortest" side and centre crop, "squash", "as released" (by dataset) or "as trained" (by encoder)
+    resize: str = "shortest"  # "shortest" side and centre crop, "squash", "by dataset", "as released" (also interpolation and normalisation) or "as trained" (by encoder)
+    extra_seconds: float = 0.0  # of Ego4D beyond the annotated end, as far as the video goes; the release has 0.9
     views: list[str] = field(default_factory=lambda: ["full", "hand"])  # whole frames, and crops around hands and what they touch
     boxes: str | None = None  # hand boxes or detections: a file or folder; None: where data/README.md says
     hand_threshold: float | None = None  # None: 0.8 for EPIC-KITCHENS, 0.5 for Ego4D, as released
@@ -1034,21 +1040,45 @@ class ExtractConfig:
 
 # %% ../nbs/14_features.ipynb #6d54e4eb
 def resize_policy(
-    resize: str,  # "shortest", "squash", "as released" or "as trained"
+    resize: str,  # "shortest", "squash", "by dataset", "as released" or "as trained"
     dataset: str,
 ) -> str:
     "The release squashes the full frames of Ego4D and EGTEA, and keeps the aspect of EPIC-KITCHENS'."
-    return {"as released": "squash" if dataset in ("ego4d", "egtea") else "shortest"}.get(resize, resize)
+    return ("squash" if dataset in ("ego4d", "egtea") else "shortest") if resize in ("as released", "by dataset") else resize
+
+
+def released_encoder(
+    encoder: Encoder,
+    resize: str,  # as in `resize_policy`
+    dataset: str,
+) -> Encoder:
+    "The encoder behind a dataset's pixels: \"as released\", Ego4D's by plain bilinear interpolation, EGTEA's of a CLIP with LaViLa's mean and std."
+    made = encoder.with_resize(resize_policy(resize, dataset))
+    if resize != "as released": return made
+    if dataset == "ego4d": return made.with_pixels(interpolation=ALIASED)
+    if dataset == "egtea" and encoder.tokenizer and encoder.preprocess.mean == CLIP_MEAN:
+        return made.with_pixels(mean=tuple(x / 255 for x in LAVILA_MEAN), std=tuple(x / 255 for x in LAVILA_STD))
+    return made
+
+
+def plus_seconds(
+    fingerprint: str,  # of an encoder
+    dataset: str,
+    extra_seconds: float = 0.0,  # of Ego4D, beyond the annotated end
+) -> str:
+    "The folder of features that were taken from longer spans than the annotated ones."
+    return f"{fingerprint}-plus{extra_seconds:g}s" if extra_seconds and dataset == "ego4d" else fingerprint
 
 
 def dataset_store(
     features_root: str | Path,
     encoder: Encoder,
-    resize: str,  # "shortest", "squash", "as released" or "as trained"
+    resize: str,  # as in `resize_policy`
     dataset: str,
+    extra_seconds: float = 0.0,  # of Ego4D
 ) -> FeatureStore:
     "Where the features of a dataset by an encoder lie."
-    return FeatureStore(Path(features_root) / encoder.with_resize(resize_policy(resize, dataset)).fingerprint / dataset)
+    return FeatureStore(Path(features_root) / plus_seconds(released_encoder(encoder, resize, dataset).fingerprint, dataset, extra_seconds) / dataset)
 
 # %% ../nbs/14_features.ipynb #8857e3eb
 def hand_boxes(
@@ -1093,6 +1123,8 @@ def extract_dataset(
 ) -> tuple[FeatureStore, ExtractReport]:
     "Extracts the features of a dataset. Raises `DataError` for settings and data that cannot be used, before anything is decoded."
     check_extraction(config.views, config.feature_fps, 0)
+    if config.extra_seconds and config.dataset != "ego4d" or not 0 <= config.extra_seconds <= 60:
+        raise DataError(f"extra_seconds={config.extra_seconds} is for Ego4D alone, from 0 to 60; the release has 0.9")
     root = data_folder(config.dataset, config.data_root)
     segments = pd.concat([read_segments(config.dataset, root, split) for split in config.splits], ignore_index=True)
     boxes = hand_boxes(config) if "hand" in config.views else None
@@ -1100,8 +1132,8 @@ def extract_dataset(
         warnings.warn(f"no hand boxes in {root}: the hand view will hold whole frames (see data/README.md for where boxes are expected)")
     if boxes and boxes.source == "boxes": _check_box_ids(boxes, segments)
     encoder = create_encoder(config.encoder, config.weights, config.device, precision=config.precision, clip_frames=config.clip_frames)
-    encoder = encoder.with_resize(resize_policy(config.resize, config.dataset))
-    store = dataset_store(features_folder(config.features_root), encoder, config.resize, config.dataset)
+    store = dataset_store(features_folder(config.features_root), encoder, config.resize, config.dataset, config.extra_seconds)
+    encoder = released_encoder(encoder, config.resize, config.dataset)
     if config.repair:
         store.repair()
     workers = max(1, (os.cpu_count() or 2) - 1) if config.workers is None else config.workers
@@ -1109,5 +1141,5 @@ def extract_dataset(
     if own.empty:  # more parts than videos
         return store, ExtractReport(own)
     report = extract(own, encoder, store, config.views, boxes, config.feature_fps, workers, config.backend,
-                     config.batch_size, config.timeout, config.dataset == "egtea", config.progress, resize_on=config.resize_on)
+                     config.batch_size, config.timeout, config.dataset == "egtea", config.progress, resize_on=config.resize_on, extra_seconds=config.extra_seconds)
     return store, report

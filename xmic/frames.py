@@ -33,7 +33,7 @@ from .clips import Clip, ClipTask, Failed, Origin, Pixels, clip_pixels, video_id
 from .distributed import deal_videos
 from .encoders import create_encoder
 from .features import (ExtractConfig, ExtractReport, FailureLog, Timed, _as_lists, _failed_as_now, _origins, changed_since, check_extraction,
-                           file_size, hand_boxes, resize_policy, shard_name)
+                           file_size, hand_boxes, released_encoder, shard_name)
 from xmic.files import DataError, brief, data_folder, features_folder, parse_json, progress_bar, read_json, remove_leftovers, whole_file, \
     write_json
 from .hands import HandBoxes
@@ -395,7 +395,8 @@ def store_dataset(
     "Stores the frames of a dataset. Raises `DataError` for settings and data that cannot be used, before anything is decoded."
     root = data_folder(config.dataset, config.data_root)
     segments = pd.concat([read_segments(config.dataset, root, split) for split in config.splits], ignore_index=True)
-    preprocess = create_encoder(config.encoder, config.weights, "cpu").with_resize(resize_policy(config.resize, config.dataset)).preprocess
+    preprocess = create_encoder(config.encoder, config.weights, "cpu")
+    preprocess = released_encoder(preprocess, config.resize, config.dataset).preprocess
     workers = max(1, (os.cpu_count() or 2) - 1) if config.workers is None else config.workers
     own = deal_videos(segments, config.rank, config.world)
     return store_frames(own, frames_folder(features_folder(config.features_root), preprocess, config.dataset, view), preprocess, view,
@@ -432,7 +433,7 @@ def crop_clip(
     top, left, height, width, mirrored = (0, 0, side, side, 0) if crop is None else map(int, crop)
     if (height, width) != (size, size) or (top, left) != (0, 0) or side != size:
         clip = resized_crop(clip.permute(0, 3, 1, 2), top, left, height, width, [size, size],
-                            InterpolationMode(interpolation), antialias=True).permute(0, 2, 3, 1)
+                            InterpolationMode(interpolation.removesuffix("-aliased")), antialias=not interpolation.endswith("-aliased")).permute(0, 2, 3, 1)
     return clip.flip(2) if mirrored else clip
 
 # %% ../nbs/21_frames.ipynb #496eccae

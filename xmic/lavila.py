@@ -396,7 +396,8 @@ def load_lavila(
     frames: int | None = None,  # a clip will have; None: at most as many as the file's temporal table has rows
 ) -> LaViLa:
     "The model with these weights, which must fit it exactly. A temporal table with too few rows for `frames` is stretched."
-    config, state = fit_weights(state, config, source)
+    config, fitted = fit_weights(state, config, source)
+    state = {name: tensor.clone() if tensor.data_ptr() == state[name].data_ptr() else tensor for name, tensor in fitted.items()}
     if frames and frames > config.frames:
         config, state["visual.temporal_embed"] = replace(config, frames=frames), resize_temporal(state["visual.temporal_embed"], frames)
     with torch.device("meta"): model = LaViLa(config)

@@ -34,7 +34,7 @@ from .adapter import ZeroShot
 from .classes import ClassSet
 from .clips import READ_AT_ONCE, wanted_frames
 from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts, feature_width
-from .features import resize_policy
+from .features import released_encoder, resize_policy
 from .names import plain_name
 from .files import (DataError, brief, cache_folder, check_output, code_file, code_name, code_sha256, expand, from_root, is_code, markdown_code, markdown_text, read_json,
                         read_text, whole_file, write_json)
@@ -337,8 +337,11 @@ def _saved(folder: Path, trust_code: bool = False) -> _Saved:
 
 def _one_encoder(folder: Path | str, saved: _Saved) -> TrainConfig:
     "A config whose encoders are those of all adapters; `DataError` where they differ."
-    configs = [replace(config, resize=resize_policy(config.resize, config.dataset)) for config, _ in saved.values()]
-    for name in ("encoder", "weights", "clip_frames", "context_encoder", "context_weights", "context_clip_frames", "resize"):
+    pixels = lambda c: f"as released, {c.dataset}" if c.resize == "as released" and c.dataset in ("ego4d", "egtea") else resize_policy(c.resize, c.dataset)
+    configs = [config for config, _ in saved.values()]
+    if len(set(map(pixels, configs))) != 1:
+        raise DataError(f"{folder}: its adapters were trained with different settings of resize; load them one by one")
+    for name in ("encoder", "weights", "clip_frames", "context_encoder", "context_weights", "context_clip_frames"):
         if len({getattr(c, name) for c in configs}) != 1:
             raise DataError(f"{folder}: its adapters were trained with different settings of {name}; load them one by one")
     return configs[0]
@@ -573,9 +576,10 @@ class Recognizer:
             saved, metrics = saved | found, metrics | _measured(place, found)
         trained = _one_encoder(" and ".join(map(str, places)), saved)
         _check_widths(trained, saved)
-        encoder = create_encoder(trained.encoder, weights or trained.weights, device, clip_frames=trained.clip_frames).with_resize(trained.resize)
-        context = encoder if not trained.context_encoder else create_encoder(
-            trained.context_encoder, trained.context_weights, device, clip_frames=trained.context_clip_frames).with_resize(trained.resize)
+        seen = lambda made: released_encoder(made, trained.resize, trained.dataset)
+        encoder = seen(create_encoder(trained.encoder, weights or trained.weights, device, clip_frames=trained.clip_frames))
+        context = encoder if not trained.context_encoder else seen(create_encoder(
+            trained.context_encoder, trained.context_weights, device, clip_frames=trained.context_clip_frames))
         methods = {}
         for kind, (config, path) in saved.items():
             check_shapes(config, path, encoder.dim, context.dim)

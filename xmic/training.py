@@ -37,7 +37,7 @@ from torch import Tensor, nn
 import xmic
 from .adapter import ZeroShot, trained_parameters
 from .classes import ClassSet
-from .config import (TrainConfig, UNTRAINED, PROMPTED, PIXELS, reads_context, build_method, text_tower,
+from .config import (TrainConfig, UNTRAINED, PIXELS, as_it_was, needs_tower, reads_context, said_in_names, build_method, text_tower,
                          _prompt_faults, resolve, dataset_root, _kept, _with_kept_code, _check_kept, named_code,
                          read_config)
 from .devices import pick_device
@@ -45,14 +45,14 @@ from .distributed import deal, first_ahead, from_first, gather, is_first, mine, 
 from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts
 from .evaluation import against_zero_shot, harmonic_means, predict, split_logits, sum_classes, summarise
 from .clips import video_identity
-from .features import FeatureStore, StoredView, Timed, changed_since, counted_ids, dataset_store, resize_policy
+from .features import FeatureStore, StoredView, Timed, changed_since, counted_ids, dataset_store, released_encoder
 from .files import (DataError, brief, check_archive, check_trust, code_file, code_name, code_sha256,
                         features_folder, from_root, is_code, progress_bar, project_root, read_json, whole_file,
                         write_json)
 from .frames import FrameStore, PixelStreams, frames_folder
 from .prompting import text_once
 from .segments import OFFICIAL, central_window, check_own, classes_sha256, read_classes, read_segments, segments_sha256
-from .streams import Batch, Streams, sample_rows, shift_twice
+from .streams import Batch, Streams, draw_rows, sample_rows, shift_bins, shift_twice
 
 try:
     import resource
@@ -92,12 +92,19 @@ class Split:
     stop: np.ndarray  # (S,)
     total: int  # segments of the split, with and without features
     double_shift: bool = False
+    free: bool = False  # training frames drawn at random, instead of one from each bin
+    shift_seed: int | None = None  # test frames as released for EGTEA; None: bin centres
 
     def rows(self,
              frames: int,
              rng: np.random.Generator | None = None,  # None: bin centres
             ) -> tuple[np.ndarray, np.ndarray | None]:  # (S, T) of the classified and, if different, of the conditioning stream
         "The sampled rows of every segment."
+        if rng is None and self.shift_seed is not None:
+            shifts = np.random.default_rng([self.shift_seed, len(self.start)])
+            return shift_bins(self.start, self.stop, frames, shifts), shift_bins(self.start, self.stop, frames, shifts)
+        if rng is not None and self.free:
+            return draw_rows(self.start, self.stop, frames, rng), None
         rows = sample_rows(self.start, self.stop, frames, rng is not None, rng)
         if not self.double_shift:
             return rows, None
@@ -176,10 +183,10 @@ class RunData:
         self.encoder = create_encoder(config.encoder, config.weights, device, precision=config.encoder_precision, clip_frames=config.clip_frames)
         self.context = create_encoder(config.context_encoder, config.context_weights, device, precision=config.encoder_precision,
                                       clip_frames=config.context_clip_frames) if config.context_encoder else self.encoder
-        self.classes = {d: {k: read_classes(d, dataset_root(config, d), k) for k in self.kinds}
-                        for d in [config.dataset, *config.targets]}
+        listed = {d: {k: read_classes(d, dataset_root(config, d), k) for k in self.kinds} for d in [config.dataset, *config.targets]}
+        self.classes = listed | ({"egtea": {k: read_classes("egtea", dataset_root(config, "egtea"), k, True) for k in self.kinds}} if config.egtea_empty_class else {})
         self.text = {d: {k: self.embed(c) for k, c in sets.items()} for d, sets in self.classes.items()}
-        self.read: DataHashes = {d: {"classes": {k: classes_sha256(c) for k, c in sets.items()}} for d, sets in self.classes.items()}
+        self.read: DataHashes = {d: {"classes": {k: classes_sha256(c) for k, c in sets.items()}} for d, sets in listed.items()}
 
     @property
     def features(self) -> Path:
@@ -195,7 +202,7 @@ class RunData:
         return self.features / "text" if self.text_cache and self.features.is_dir() else None
 
     def store(self, encoder: Encoder, dataset: str) -> FeatureStore:
-        return dataset_store(self.features, encoder, self.config.resize, dataset)
+        return dataset_store(self.features, encoder, self.config.resize, dataset, self.config.extra_seconds)
 
     def split(self,
               dataset: str,
@@ -217,7 +224,7 @@ class RunData:
 
     def _pixel_split(self, dataset: str, split: str, segments: pd.DataFrame) -> Split:
         c = self.config
-        preprocess = self.encoder.with_resize(resize_policy(c.resize, dataset)).preprocess
+        preprocess = released_encoder(self.encoder, c.resize, dataset).preprocess
         store = FrameStore(frames_folder(self.features, preprocess, dataset, c.classified_view))
         found = _with_features(segments, [store], dataset, split, "store_frames")
         streams = PixelStreams(store, found.segment_id.tolist(), self.device, scale=c.crop_scale, flip=c.flip)
@@ -229,7 +236,10 @@ class RunData:
         n = getattr(streams, "clip_frames", 1)
         start, stop = central_window(streams.lengths * n, c.central_seconds if dataset == "ego4d" and c.central_seconds else None)
         start, stop = start // n, -(-stop // n)
-        return Split(found, labels, streams, start, stop, total, c.double_shift and dataset == "ego4d")
+        if dataset == "epic" and c.leave_last_frame and n == 1 and all(v.manifest.get("feature_fps") == "every frame" for v in streams.views):
+            stop = np.maximum(stop - 1, start + 1)  # fewer frames have no row for the last one
+        return Split(found, labels, streams, start, stop, total, c.double_shift and dataset == "ego4d", c.train_frames == "random",
+                     c.seed if c.egtea_random_shift and dataset == "egtea" else None)
 
     def method(self) -> nn.Module:
         "The method with fresh weights, which follow from the seed alone."
@@ -319,7 +329,7 @@ class DeviceSteps:
 
 # %% ../nbs/23_training.ipynb #a1238365
 def _optimizer(c: TrainConfig, trained: list[nn.Parameter], device: torch.device, graph: bool) -> torch.optim.Optimizer:
-    fused = device.type in ("cpu", "cuda") and c.method not in PROMPTED
+    fused = device.type in ("cpu", "cuda") and not needs_tower(c)
     if c.optimizer == "sgd":
         return torch.optim.SGD(trained, c.lr, c.momentum, weight_decay=c.weight_decay, fused=fused)
     return torch.optim.AdamW(trained, lr=torch.tensor(c.lr, device=device) if graph else c.lr, betas=(c.betas[0], c.betas[1]), weight_decay=c.weight_decay,
@@ -388,7 +398,7 @@ class Trainer:
         c = self.config
         self.method.to(self.device)
         self.trained = [p for p in self.method.parameters() if p.requires_grad]
-        graph = self.on_device and self.device.type == "cuda" and c.optimizer == "adamw" and c.method not in PROMPTED and not is_code(c.method) and \
+        graph = self.on_device and self.device.type == "cuda" and c.optimizer == "adamw" and not needs_tower(c) and not is_code(c.method) and \
             (os.environ.get("XMIC_CUDA_GRAPHS") != "0" if self.graph is None else self.graph)
         self.optimizer = _optimizer(c, self.trained, self.device, graph)
         self.device_steps = DeviceSteps(self.device_step, torch.zeros(2, device=self.device), graph)
@@ -589,9 +599,7 @@ def run_name(
     "A readable folder name that differs whenever a setting differs that changes the result, or the folder of a dataset of one's own."
     own = _own_places(config)
     apart = ("name", "runs_root", "progress", "tensorboard", "resident", "device", "data_root", "target_roots", "features_root")
-    later = ("clip_frames", "context_clip_frames", "code")  # fields newer than some runs, which they must not rename
-    key = json.dumps({k: v for k, v in asdict(config).items() if k not in apart and not (k in later and v == getattr(TrainConfig(), k))} |
-                     ({"own": own} if own and by_place else {}), sort_keys=True)
+    key = json.dumps({k: v for k, v in said_in_names(asdict(config)).items() if k not in apart} | ({"own": own} if own and by_place else {}), sort_keys=True)
     return f"{config.dataset}-{config.labels}-{code_name(config.method)}-seed{config.seed}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
@@ -715,7 +723,7 @@ def _check_claim(folder: Path, config: TrainConfig) -> None:
     "Raises `DataError` for a folder that holds a run with other settings. Writes nothing."
     path, ours = folder / "config.json", asdict(config)
     if path.exists():
-        theirs = asdict(TrainConfig()) | read_json(path)
+        theirs = asdict(TrainConfig()) | as_it_was(read_json(path))
         if other := [k for k in ours if k not in ("progress", "tensorboard", "resident", "name", "runs_root") and theirs.get(k) != ours[k]]:
             raise DataError(f"{folder} holds a run with other settings ({', '.join(f'{k}: {theirs.get(k)!r}, now {ours[k]!r}' for k in other[:5])}): "
                             f"choose another name, or delete it")
@@ -1002,7 +1010,7 @@ def check_shapes(
     context_dim: int,  # d, width of the conditioning features
 ) -> None:
     "`DataError` where the settings are for other weights than those in the file. Nothing is loaded, and nothing built that takes memory."
-    if is_code(config.method) or config.method in (*PROMPTED, *PIXELS): return
+    if is_code(config.method) or needs_tower(config) or config.method in PIXELS: return
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in build_method(config, dim, context_dim, 100.0).state_dict().items()}
     try:
