@@ -1,5 +1,6 @@
 """Encoders: the same features as open_clip, safe and strict loading, fingerprints, caches, and what goes wrong."""
 import copy
+import argparse
 import json
 import logging
 import math
@@ -913,3 +914,36 @@ def test_small_encoders_outside_a_clone_say_where_they_are(monkeypatch, tmp_path
         monkeypatch.setattr(open_clip, "list_models", lambda: [])
         with pytest.raises(DataError, match=f"no data/mini/weights/{name}.json in .*clone of the kit.*XMIC_ROOT"):
             create_encoder(name, device="cpu", clip_frames=4 if name == "mini-lavila" else 1)
+
+
+# What is wrapped around a state dict
+
+@pytest.mark.parametrize("wrapped", [
+    lambda s: {"_orig_mod." + k: v for k, v in s.items()}, lambda s: {"module._orig_mod." + k: v for k, v in s.items()}, lambda s: {"_orig_mod.module." + k: v for k, v in s.items()},
+    lambda s: {"model": {"model." + k: v for k, v in s.items()}}, lambda s: {"state_dict": {"model.module." + k: v for k, v in s.items()}, "epoch": 3},
+    lambda s: {"state_dict_ema": s}, lambda s: {"model": {"state_dict": s}}, lambda s: {"model_state_dict": {"module.model._orig_mod." + k: v for k, v in s.items()}},
+    lambda s: {k.replace("visual.", "visual._orig_mod."): v for k, v in s.items()}])
+def test_wrappers_around_a_state_dict_are_taken_off(wrapped, tmp_path):
+    encoder = create_encoder("mini-clip", device="cpu")
+    torch.save(wrapped(encoder.model.state_dict()), tmp_path / "c.pt")
+    assert create_encoder("mini-clip", tmp_path / "c.pt", "cpu").fingerprint == encoder.fingerprint
+
+
+def test_the_same_tensors_under_two_names_are_refused(tmp_path):
+    torch.save({"a.weight": torch.ones(2), "module.a.weight": torch.zeros(2)}, tmp_path / "c.pt")
+    with pytest.raises(DataError, match="several names"): read_weights(tmp_path / "c.pt")
+
+
+def test_names_that_are_missing_and_names_that_are_unexpected_are_both_shown(tmp_path):
+    state = create_encoder("mini-clip", device="cpu").model.state_dict()
+    torch.save({"teacher." + k: v for k, v in state.items()}, tmp_path / "c.pt")
+    with pytest.raises(DataError, match=r"\d+ missing, \d+ unexpected, 0 unfit") as error: create_encoder("mini-clip", tmp_path / "c.pt", "cpu")
+    assert "unexpected: teacher." in str(error.value) and "missing: " in str(error.value)
+
+
+@pytest.mark.parametrize("beside", [argparse.Namespace(lr=1.0), np.float64(3.0)], ids=["settings", "number"])
+def test_an_object_beside_the_tensors_is_named_without_advice_to_load_it(beside, tmp_path):
+    state = create_encoder("mini-clip", device="cpu").model.state_dict()
+    torch.save({"state_dict": state, "args": beside}, tmp_path / "c.pt")
+    with pytest.raises(DataError, match=r"holds an object of (argparse\.Namespace|numpy[\w.]*) besides") as error: create_encoder("mini-clip", tmp_path / "c.pt", "cpu")
+    assert not any(word in str(error.value) for word in ("weights_only", "trust", "\x1b", "option"))

@@ -326,8 +326,8 @@ def _read_archive(path: Path) -> dict[str, Tensor] | None:
 
 
 def read_weights(
-    path: str | Path,  # safetensors, a torch state dict (also under "state_dict"), or a TorchScript archive
-) -> dict[str, Tensor]:
+    path: str | Path,  # safetensors, a torch state dict (also under "state_dict", "model" or "state_dict_ema"), or a TorchScript archive
+) -> dict[str, Tensor]:  # names without what torch.compile, data-parallel training and Lightning put before them
     "The tensors of a weight file by name. Runs nothing that the file contains; raises `DataError` if it holds anything else."
     path = Path(path)
     try:
@@ -337,13 +337,27 @@ def read_weights(
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as e:
-        reason = brief(str(e).strip().split("\n")[0], 200)
+        if objects := re.search(r"GLOBAL (?:_class )?`?([\w.]+)", str(e)):  # torch's words go on with how to load it all the same
+            raise DataError(f"{path}: holds an object of {objects[1]} besides its tensors; such objects are never loaded: save the state dict as safetensors") from None
+        reason = brief(re.sub(r"\x1b\[[\d;]*m", "", str(e)).strip().split("\n")[0], 200)
         raise DataError(f"{path}: not readable as weights alone ({type(e).__name__}: {reason}). It may be cut short, or hold "
                         "objects besides tensors; those are never loaded: save the state dict as safetensors") from None
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict): state = state["state_dict"]
+    while isinstance(state, dict) and (inner := next((state[key] for key in _STATES if isinstance(state.get(key), dict)), None)): state = inner
     if not isinstance(state, dict) or not state or not all(map(is_plain, state.values())) or not all(isinstance(name, str) for name in state):
         raise DataError(f"{path}: holds no state dict (names and tensors)")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    named = {_without_wrappers(name): tensor for name, tensor in state.items()}
+    if len(named) < len(state):
+        raise DataError(f"{path}: holds the same tensors under several names, such as with and without 'module.' before them; save one of each")
+    return named
+
+
+_STATES = ("state_dict", "model", "state_dict_ema", "model_state_dict")
+
+
+def _without_wrappers(name: str) -> str:
+    name = name.replace("_orig_mod.", "")
+    while name.startswith(("module.", "model.")): name = name.partition(".")[2]
+    return name
 
 # %% ../nbs/11_encoders.ipynb #1b96aa66
 OPENAI_SCALARS = {"input_resolution", "context_length", "vocab_size"}  # beside the weights in OpenAI's archives

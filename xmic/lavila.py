@@ -16,6 +16,7 @@ from argparse import Namespace
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -314,15 +315,16 @@ def check_tensors(
     source: str | Path,  # where `state` comes from, for the error
 ) -> None:
     "Raises `DataError` that lists the tensors that are missing, unexpected, of another shape or not finite."
-    faults = [f"missing: {name}" for name in shapes if name not in state]
-    faults += [f"unexpected: {name}" for name in state if name not in shapes]
+    missing = [f"missing: {name}" for name in shapes if name not in state]
+    unexpected = [f"unexpected: {brief(name)}" for name in state if name not in shapes]
+    others = []
     for name in (name for name in shapes if name in state):
         if tuple(state[name].shape) != tuple(shapes[name]):
-            faults.append(f"shape: {name} is {tuple(state[name].shape)}, the model's {tuple(shapes[name])}")
+            others.append(f"shape: {name} is {tuple(state[name].shape)}, the model's {tuple(shapes[name])}")
         elif not state[name].isfinite().all():
-            faults.append(f"not finite: {name}")
-    if faults:
-        raise DataError.rows(f"{source}: the weights do not fit the model", faults)
+            others.append(f"not finite: {name}")
+    if faults := [fault for of_each in zip_longest(missing, unexpected, others) for fault in of_each if fault]:  # of each kind, as not all are shown
+        raise DataError.rows(f"{source}: the weights do not fit the model ({len(missing)} missing, {len(unexpected)} unexpected, {len(others)} unfit)", faults)
 
 
 def fit_weights(
