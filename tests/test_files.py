@@ -12,7 +12,8 @@ import pytest
 from nbclient import NotebookClient
 
 from xmic.features import ExtractConfig, hand_boxes
-from xmic.files import DataError, cache_folder, data_folder, expand, features_folder, from_root, one_at_a_time, project_root, remove_leftovers, whole_file, write_json
+from xmic.files import (DataError, cache_folder, data_folder, expand, features_folder, from_root, one_at_a_time, project_root, read_table, remove_leftovers,
+                        whole_file, write_json)
 from xmic.config import TrainConfig, dataset_root
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,3 +194,20 @@ def test_a_home_without_room_for_folders_is_said():
 def test_a_name_that_is_not_utf8_is_not_written_as_json(tmp_path):
     with pytest.raises(DataError, match=r"K\\udcfcche.*not UTF-8"): write_json(tmp_path / "a.json", {"data_root": "/data/K\udcfcche"})
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("text", [
+    "video_id;start_sec;stop_sec;verb;noun\na;0,1;1,9;mix;bowl, red\n", "video_id\tstart_sec\tstop_sec\tverb\tnoun\na\t0,1\t1.9\tmix\tbowl, red\n",
+    '"video_id";"start_sec";"stop_sec";"verb";"noun"\r\n"a";"0,1";"1,9";"mix";"bowl, red"\r\n', 'video_id,start_sec,stop_sec,verb,noun\na,0.1,1.9,mix,"bowl, red"\n'])
+def test_tables_with_semicolons_tabs_and_decimal_commas(tmp_path, text):
+    (tmp_path / "segments.csv").write_bytes(text.encode())
+    assert read_table(tmp_path / "segments.csv", ["video_id", "noun"]).values.tolist() == [["a", "0.1", "1.9", "mix", "bowl, red"]]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("video_id,start_sec,stop_sec\na,0,1,1,9\n", "separated by commas, so decimals need points"), ("video_id;start_sec\na;1;2\n", "separated by semicolons"),
+    ("# Exported using VGG Image Annotator\n# CSV_HEADER = metadata_id,file_list\nx,y\n", "export of VIA.*xmic convert"), ("# a note\nvideo_id,start_sec\n", "must name the columns"),
+    ("video;start\na;1\n", "no column video_id; found: video, start; fields are separated by semicolons")])
+def test_tables_that_are_something_else_say_what(tmp_path, text, words):
+    (tmp_path / "segments.csv").write_text(text)
+    with pytest.raises(DataError, match=words): read_table(tmp_path / "segments.csv", ["video_id"])

@@ -30,9 +30,9 @@ def hand(left, top, right, bottom, score=0.9, state=3, offset=(0.0, 0.0)):
     return Hand((left, top, right, bottom), score, state, 0, offset)
 
 
-def message(hands=(), objects=()):
-    "A serialised frame of EPIC's detections."
-    frame = Detections(video_id="P01_01", frame_number=1)
+def message(hands=(), objects=(), number=0):
+    "A serialised frame of EPIC's detections; without a number, it is of the frame of its place."
+    frame = Detections(video_id="P01_01", frame_number=number)
     for h in hands:
         frame.hands.add(score=h.score, state=h.state, side=h.side, bbox=dict(zip(("left", "top", "right", "bottom"), h.box)),
                         object_offset=dict(zip("xy", h.offset)))
@@ -128,15 +128,15 @@ def record(shared_data):
 def test_the_real_record_decodes(record):
     text, path = record
     found = read_epic_hands(path)
-    assert len(found) == 1
-    hands, objects = found[0]
+    assert len(found) == text["frame_number"] == 13404 and found[0] == ([], [])
+    hands, objects = found[13403]
     box = lambda entry: tuple(entry["bbox"][side] for side in ("left", "top", "right", "bottom"))
     assert hands == [Hand(box(h), h["score"], h["state"], h["side"], (h["object_offset"]["x"], h["object_offset"]["y"])) for h in text["hands"]]
     assert objects == [Object(box(o), o["score"]) for o in text["objects"]]
 
 
 def test_the_left_hand_spans_what_the_picture_shows(record):
-    left = next(h for h in read_epic_hands(record[1])[0][0] if h.side == 0)
+    left = next(h for h in read_epic_hands(record[1])[13403][0] if h.side == 0)
     assert (math.floor(left.box[0] * 640), math.ceil(left.box[2] * 640)) == (252, 316)
 
 
@@ -148,8 +148,8 @@ def test_the_box_of_the_real_record(record, tmp_path):
     expected = [f(p[side] for p in parts) * size for f, side, size in
                 ((min, "left", 640), (min, "top", 360), (max, "right", 640), (max, "bottom", 360))]
     boxes = HandBoxes.from_epic(tmp_path)
-    assert boxes.box(segment("P01_09_0", "P01_09"), 0, FILE, 640, 360) == tuple(map(round, expected))
-    assert boxes.box(segment("P01_09_0", "P01_09"), 1, FILE, 640, 360) is None
+    assert boxes.box(segment("P01_09_0", "P01_09"), 13403, FILE, 640, 360) == tuple(map(round, expected))
+    assert boxes.box(segment("P01_09_0", "P01_09"), 0, FILE, 640, 360) is None
 
 
 @pytest.mark.parametrize("place", ["P01/P01_01.pkl", "P01/hand-objects/P01_01.pkl", "P01_01.pkl"])
@@ -180,9 +180,31 @@ def test_pickles_of_python_2(tmp_path):
 
 def test_messages_give_back_what_was_written(tmp_path):
     seen = Hand((0.125, 0.25, 0.5, 0.75), 0.875, 3, 1, (0.0625, -0.5)), Object((0.5, 0.25, 0.75, 1.0), 0.375)
-    frame = Detections.FromString(message([seen[0]], [seen[1]]))
-    assert (frame.video_id, frame.frame_number, len(frame.hands), len(frame.objects)) == ("P01_01", 1, 1, 1)
+    frame = Detections.FromString(message([seen[0]], [seen[1]], number=7))
+    assert (frame.video_id, frame.frame_number, len(frame.hands), len(frame.objects)) == ("P01_01", 7, 1, 1)
     assert read_epic_hands(write(tmp_path / "a.pkl", [message([seen[0]], [seen[1]])]))[0] == ([seen[0]], [seen[1]])
+
+
+def test_a_message_belongs_to_the_frame_that_it_names(tmp_path):
+    "Not to its place in the list: here the message of frame 3 is not there."
+    seen = {number: message([hand(number / 100, 0.25, 0.5, 0.75)], number=number) for number in (1, 2, 4, 5, 9)}
+    found = read_epic_hands(write(tmp_path / "P01_01.pkl", list(seen.values())))
+    assert len(found) == 9 and [round(100 * h[0].box[0]) if h else None for h, _ in found] == [1, 2, None, 4, 5, None, None, None, 9]
+    backwards = read_epic_hands(write(tmp_path / "P01_02.pkl", list(seen.values())[::-1]))
+    assert list(found) == list(backwards)
+    assert HandBoxes.from_epic(tmp_path).box(segment(), 3, FILE, 100, 100)[0] == 4
+    with pytest.raises(IndexError): found[9]
+
+
+def test_messages_without_a_number_are_of_the_frame_of_their_place(tmp_path):
+    found = read_epic_hands(write(tmp_path / "P01_01.pkl", [message(), message([hand(0.2, 0, 1, 1)]), message([hand(0.3, 0, 1, 1)], number=3)]))
+    assert [len(h) for h, _ in found] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("numbers, words", [([0, 1, 2, 3], "numbered from 0"), ([1, 2, 2], "message 3 says frame_number 2, as message 2 does"), ([1, -4], "which cannot be"),
+                                            ([1, 2**31 - 1], "which cannot be")])
+def test_numbers_that_cannot_be_are_refused(tmp_path, numbers, words):
+    with pytest.raises(DataError, match=words): read_epic_hands(write(tmp_path / "P01_01.pkl", [message(number=n) for n in numbers]))
 
 
 @pytest.mark.parametrize("damage", [lambda m: m[:-3], lambda m: m + b"\x1a", lambda m: b"\xff" * 20])

@@ -7,6 +7,7 @@ __all__ = ['cosine_logits', 'video_embedding', 'ZeroShot', 'EgoSpatioTemporalAtt
 
 # %% ../nbs/16_adapter.ipynb #e40c737f
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -173,7 +174,7 @@ class XMIC(nn.Module):
                  train_logit_scale: bool = True,
                  last_relu: bool = True,  # the second ReLU of post_mlp; the code's default is none
                  bottleneck: float = 4.0,  # the MLPs of the attention have d / bottleneck units; the code's default is 0.25, thus four times d
-                 text_prompt: nn.Module | None = None,  # `TextPrompt`: passes the vector through the text tower, as by the code's default
+                 text_prompt: Any = None,  # a `TextPrompt`: passes the vector through the text tower, as by the code's default
                 ):
         super().__init__()
         width = context_dim or dim

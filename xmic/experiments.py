@@ -80,7 +80,7 @@ MINI_ENCODERS = {"clip": "mini-clip", "dino": "mini-dino", "large": "mini-clip-l
 BACKBONES = {"CLIP ViT-B/16": "clip", "CLIP ViT-L/14": "large", "LaViLa ViT-L/14": "lavila"}  # of Table 5
 LAVILA_WEIGHTS = "weights/lavila-large.pth"  # in the folder of the datasets; the released file, see data/README.md
 FRAMES_FPS = 8.0  # of stored frames of real videos: every frame would be a terabyte and more
-CLASSIFIED = {"F": "hand", "Vita-CLIP": "hand"}  # of Table 4's row, and of the baseline
+CLASSIFIED: dict[str, str] = {"F": "hand", "Vita-CLIP": "hand"}  # of Table 4's row, and of the baseline
 EARLIER = dict(leave_last_frame=False, classified_view="hand")  # what names of runs do not say
 WORLDS = {"default": "data/mini", "large": "data/mini-large", "tiny": "data/mini-tiny"}
 

@@ -771,7 +771,7 @@ def _rename_counted(view: StoredView, segments: pd.DataFrame) -> set[str]:  # th
         names: dict[str, str] = {}
         for row in lacking[lacking.video_id.map(shard_name) == shard].itertuples(index=False):
             same = (old for old, origin in stored.items() if old not in names and origin.span and origin.video and
-                    origin.span == span_now(row, origin.span) and origin.video == identity(row.video_path))
+                    origin.span == span_now(row, origin.span, view.manifest.get("feature_fps") != "every frame") and origin.video == identity(row.video_path))
             if (found := next(same, None)) is not None: names[found] = row.segment_id
         if names: _rename(view.folder / shard, names, view.dim)
         made |= set(names.values())

@@ -350,20 +350,33 @@ def read_text(
         raise DataError(f"{path}: line {line} is not UTF-8 (byte 0x{data[e.start]:02x}); save the file as UTF-8") from None
 
 
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+
+
 def read_table(
     path: str | Path,  # a CSV file with a header line
     columns: Iterable[str] = (),  # those that must be there
 ) -> pd.DataFrame:
-    "A CSV file with every cell as text (\"\" where empty); `DataError` if it cannot be read or lacks a column."
+    """A CSV file with every cell as text ("" where empty); `DataError` if it cannot be read or lacks a column.
+
+    Fields may be separated by semicolons or tabs where the header is; then numbers may have decimal commas, as spreadsheets write them in many countries."""
+    text = read_text(path)
+    header = text.partition("\n")[0]
+    if header.startswith("#"):
+        raise DataError(f"{path}: begins with a comment ({brief(header.strip(), 80)})" + (
+            "; it is an export of VIA: turn it into a list of segments with xmic convert" if "CSV_HEADER" in text[:10_000] else "; the first line must name the columns"))
+    separator = max(",;\t", key=header.count)
     try:
-        table = pd.read_csv(io.StringIO(read_text(path)), dtype=str, keep_default_na=False)
+        table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False)
+        if separator != ",": table = table.apply(lambda cells: cells.str.replace(r"^(\s*[+-]?\d+),(\d+\s*)$", r"\1.\2", regex=True))
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as e:
         raise DataError(f"{path}: not readable as CSV ({brief(str(e).strip(), 200)}); the file may be cut short or damaged") from None
     if not isinstance(table.index, pd.RangeIndex):
-        raise DataError(f"{path}: the rows have more fields than the header")
+        raise DataError(f"{path}: the rows have more fields than the header; fields are separated by {_SEPARATORS[separator]}"
+                        + ", so decimals need points (0.5), or fields semicolons" * (separator == ","))
     table.columns = table.columns.str.strip()
     if missing := [column for column in columns if column not in table]:
-        raise DataError(f"{path}: no column {', '.join(missing)}; found: {brief(', '.join(table), 300)}; fields are separated by commas")
+        raise DataError(f"{path}: no column {', '.join(missing)}; found: {brief(', '.join(table), 300)}; fields are separated by {_SEPARATORS[separator]}")
     if table.columns.has_duplicates:
         raise DataError(f"{path}: column {brief(table.columns[table.columns.duplicated()][0])} stands in it more than once")
     return table.fillna("")

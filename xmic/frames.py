@@ -395,8 +395,7 @@ def store_dataset(
     "Stores the frames of a dataset. Raises `DataError` for settings and data that cannot be used, before anything is decoded."
     root = data_folder(config.dataset, config.data_root)
     segments = pd.concat([read_segments(config.dataset, root, split) for split in config.splits], ignore_index=True)
-    preprocess = create_encoder(config.encoder, config.weights, "cpu")
-    preprocess = released_encoder(preprocess, config.resize, config.dataset).preprocess
+    preprocess = released_encoder(create_encoder(config.encoder, config.weights, "cpu"), config.resize, config.dataset).preprocess
     workers = max(1, (os.cpu_count() or 2) - 1) if config.workers is None else config.workers
     own = deal_videos(segments, config.rank, config.world)
     return store_frames(own, frames_folder(features_folder(config.features_root), preprocess, config.dataset, view), preprocess, view,

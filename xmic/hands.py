@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError
 from .names import plain_name, visible
 from .files import PLAIN, DataError, brief, from_table, read_pickle, read_table
 from .segments import epic_frame_rate
-from .video import VideoInfo
+from .video import MOST_FRAMES, VideoInfo
 
 # %% ../nbs/05_hands.ipynb #6eabc187
 Box = tuple[float, float, float, float]
@@ -87,8 +87,8 @@ def unpickle(
         raise DataError(f"{path}: not readable as a pickle of plain data ({type(e).__name__}: {brief(e, 200)})") from None
 
 # %% ../nbs/05_hands.ipynb #e01dcff3
-def _detections_class() -> Any:
-    "The message class of EPIC's detections, built from its description."
+def _detections_classes() -> tuple[Any, Any]:
+    "The message classes of EPIC's detections, built from their description."
     file = descriptor_pb2.FileDescriptorProto(name="xmic_detections.proto", package="xmic", syntax="proto3")
     kinds = dict(float=2, int32=5, string=9, message=11)
     for name, entries in {
@@ -97,6 +97,7 @@ def _detections_class() -> Any:
         "Hand": ["bbox Box", "score float", "state int32", "object_offset Vector", "side int32"],
         "Object": ["bbox Box", "score float"],
         "Detections": ["video_id string", "frame_number int32", "hands Hand repeated", "objects Object repeated"],
+        "Numbered": ["video_id string", "frame_number int32"],  # the same without reading what was found
     }.items():
         message = file.message_type.add(name=name)
         for number, entry in enumerate(entries, start=1):
@@ -106,32 +107,37 @@ def _detections_class() -> Any:
                 made.type_name = f".xmic.{kind}"
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("xmic.Detections"))
+    whole, numbered = (message_factory.GetMessageClass(pool.FindMessageTypeByName(f"xmic.{name}")) for name in ("Detections", "Numbered"))
+    return whole, numbered
 
 
-Detections = _detections_class()
+Detections, _Numbered = _detections_classes()
 
 # %% ../nbs/05_hands.ipynb #8d252e49
 MOST_BYTES = 2**16  # of a frame; a hand has about 60. Two bytes can stand for an empty detection, which takes 300 in memory
 
 
 class EpicHands(Sequence):
-    "The detections of a video of EPIC-KITCHENS, parsed frame by frame as they are asked for; item i is official frame i + 1."
+    "The detections of a video of EPIC-KITCHENS, parsed frame by frame as they are asked for; item i is official frame i + 1, empty where no message has that number."
 
     def __init__(self,
                  path: str | Path,
-                 messages: list[bytes],  # one for each frame
+                 messages: list[bytes],  # each says its frame's number; one that says none is of the frame of its place
                 ):
         self.path, self.messages = path, messages
+        self.places = _places(path, messages)
 
-    def __len__(self) -> int:
-        return len(self.messages)
+    def __len__(self) -> int:  # the highest official number
+        return max(self.places, default=0)
 
     def __getitem__(self, i: int) -> tuple[list[Hand], list[Object]]:  # type: ignore[override]
-        if len(self.messages[i]) > MOST_BYTES:
-            raise DataError(f"{self.path}: the detections of frame {i + 1} are damaged ({len(self.messages[i]):,} bytes, and {MOST_BYTES:,} at most)")
+        if not 0 <= i < len(self): raise IndexError(i)
+        if (place := self.places.get(i + 1)) is None: return [], []
+        message = self.messages[place]
+        if len(message) > MOST_BYTES:
+            raise DataError(f"{self.path}: the detections of frame {i + 1} are damaged ({len(message):,} bytes, and {MOST_BYTES:,} at most)")
         try:
-            found = Detections.FromString(self.messages[i])
+            found = Detections.FromString(message)
         except DecodeError as e:
             raise DataError(f"{self.path}: the detections of frame {i + 1} are damaged ({e})") from None
         box = lambda b: (b.left, b.top, b.right, b.bottom)
@@ -140,6 +146,26 @@ class EpicHands(Sequence):
         if not all(map(math.isfinite, [v for h in hands for v in (*h.box, h.score, *h.offset)] + [v for o in objects for v in (*o.box, o.score)])):
             raise DataError(f"{self.path}: the detections of frame {i + 1} are damaged (not all of their numbers are finite)")
         return hands, objects
+
+
+def _number(message: bytes) -> int:  # 0 where it says none, or is damaged
+    try: return _Numbered.FromString(message).frame_number if len(message) <= MOST_BYTES else 0
+    except DecodeError: return 0
+
+
+def _places(path: str | Path, messages: list[bytes]) -> dict[int, int]:
+    "The place of each official frame's message. Raises `DataError` where numbers repeat, or count from 0."
+    said = list(map(_number, messages))
+    if len(said) > 1 and not said[0] and any(said) and all(number in (0, i) for i, number in enumerate(said)):
+        raise DataError(f"{path}: its frames are numbered from 0, and EPIC-KITCHENS' official detections from 1: add 1 to each frame_number")
+    places: dict[int, int] = {}
+    for i, number in enumerate(said):
+        if number < 0 or number > MOST_FRAMES or number in places:
+            raise DataError(f"{path}: message {i + 1} says frame_number {number}" + (f", as message {places[number] + 1} does" if number in places else ", which cannot be"))
+        if number: places[number] = i
+    for i, number in enumerate(said):
+        if not number: places.setdefault(i + 1, i)
+    return places
 
 
 def read_epic_hands(
