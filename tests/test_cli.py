@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from videos import write_jpegs, write_video
 from world import register_tiny, write_world
-from xmic.cli import app, output_names, seconds, videos
+from xmic.cli import _as_options, app, output_names, seconds, videos
 from xmic.files import DataError, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -357,3 +357,25 @@ def test_data_are_looked_at(tmp_path, monkeypatch):
                            (["csv", own, "--encoder", "ResNet"], "known of")):
         done = run(*wrong, "--json")
         assert done.exit_code == 1 and done.stderr.startswith("xmic: ") and message in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
+
+
+@pytest.mark.parametrize("options, words", [
+    (["missing.mp4", *MINI, *NAMES], "missing.mp4: no such file"), (["a.mp4", "missing.mp4", *MINI, *NAMES], "missing.mp4: no such file"), (["a.mp4", *MINI, *NAMES, "--every", "0"], "--every 0"),
+    (["a.mp4", *MINI, *NAMES, "--start", "5", "--stop", "2"], "--stop 2 is not after --start 5"), (["a.mp4", "-m", "nowhere", *NAMES], "--model nowhere: no such folder"),
+    (["a.mp4", *NAMES], "give --model"), (["a.mp4", *MINI, *NAMES, "--weights", "no.pt"], "--weights no.pt: no such file"), (["a.mp4", *MINI, "--nouns", "none.txt"], "--nouns none.txt"),
+    (["a.mp4", *MINI, *NAMES, "--backend", "opencv"], "--backend is"), (["a.mp4", *MINI], "--nouns, --verbs, or both"), (["a.mp4", *MINI, *NAMES, "--fps", "3"], "--fps and --first-frame are for"),
+    (["a.mp4", *MINI, *NAMES, "--boxes", "none.csv"], "--boxes none.csv")])
+def test_what_is_wrong_is_told_without_loading_torch(tmp_path, options, words):
+    (tmp_path / "a.mp4").touch()
+    code = "import sys; from xmic.cli import main; sys.argv[1:] = sys.argv[2:] if sys.argv[1] == '--' else sys.argv[1:]\ntry: main()\nexcept SystemExit as e: print(e.code, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, "--", "predict", *options], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "1 False" and words in done.stderr and "Traceback" not in done.stderr, (done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("python, command", [
+    ("fetch them: create_encoder('ViT-B-16-quickgelu', weights='/path/to/file')", "fetch them: --encoder ViT-B-16-quickgelu --weights /path/to/file"),
+    ("Or pass a weight file, or weights='random'", "Or pass a weight file, or --weights random"), ("fps=0.0 must be a number", "--fps 0.0 must be a number"),
+    ("backend='torchcodec' needs the package", "--backend torchcodec needs the package"), ("give it as Backend(fps=...)", "give it as --fps NUMBER"),
+    ("it exists; overwrite=True overwrites it", "it exists; --overwrite overwrites it"), ("device 'mps', but torch", "device 'mps', but torch")])
+def test_messages_name_options_of_the_command(python, command):
+    assert _as_options(python) == command

@@ -31,6 +31,16 @@ def _say(text: object) -> None:
     typer.echo(f"xmic: {text}", err=True)
 
 
+_OPTIONS = "backend|weights|device|fps|every|start|stop|top|boxes"
+
+
+def _as_options(text: str) -> str:
+    "A message of the library with the options of the command in place of arguments of Python."
+    text = re.sub(r"create_encoder\('([^']*)', weights=('?)([^')]*)\2\)", r"--encoder \1 --weights \3", text).replace("Backend(fps=...)", "--fps NUMBER")
+    text = re.sub(rf"(?<![\w-])({_OPTIONS})=('?)([^'\s,;:]+)\2", r"--\1 \3", text)
+    return re.sub(r"\bbackend is '", "--backend is '", text).replace("overwrite=True", "--overwrite").replace("trust_code=True, or --trust-code with the command xmic", "--trust-code")
+
+
 class _Commands(TyperGroup):
     "Commands whose `DataError` is one line, not a trace."
 
@@ -41,7 +51,7 @@ class _Commands(TyperGroup):
         except ValueError as e:
             from xmic.files import DataError
             if not isinstance(e, DataError): raise
-            _say(e)
+            _say(_as_options(str(e)) if ctx.invoked_subcommand == "predict" else e)
             raise typer.Exit(1) from None
 
 
@@ -92,9 +102,8 @@ def seconds(
 # %% ../nbs/40_cli.ipynb #fefb01ee
 def _names(given: Optional[str], kind: str) -> "ClassSet | None":
     if given is None: return None
-    from xmic.classes import ClassSet
+    from xmic.classes import ClassSet, read_names
     from xmic.files import DataError
-    from xmic.recognizer import read_names
     if os.path.isfile(given): return read_names(given, kind)
     if "," in given: return ClassSet.from_names([name for name in given.split(",") if name.strip()], kind)
     raise DataError(f"--{kind}s {given}: no such file; give a file with a name in each line, or names with commas between them")
@@ -137,13 +146,31 @@ def _below(folder: Path) -> list[str]:
     return [str(path) for path in sorted(found, key=lambda path: path.relative_to(folder).parts)]
 
 # %% ../nbs/40_cli.ipynb #b840bb85
-def _recognizer(models: list[str], encoder: Optional[str], weights: Optional[str], device: Optional[str],
-                trust_code: bool = False) -> "Recognizer":
-    from xmic.files import DataError
-    from xmic.recognizer import Recognizer
+_FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".json")  # of weights
+
+
+def _check_given(given: list[str], models: list[str], encoder: Optional[str], weights: Optional[str], length: Optional[float],
+                 begin: Optional[float], end: Optional[float], every: str) -> None:
+    "`DataError` for what can be seen without torch: videos, models and weights that are not there, and times that cannot be."
+    from xmic.files import DataError, brief, expand, from_root
+    from xmic.names import is_stream
+    if missing := [one for one in given if not is_stream(one) and not os.path.exists(one)]:
+        raise DataError("\n  ".join(f"{brief(one, 300)}: no such file" for one in missing[:5]) + f"\n  and {len(missing) - 5} more" * (len(missing) > 5))
+    if length is not None and not length > 0: raise DataError(f"--every {every}: stretches have a length above 0 seconds; or give all")
+    if begin is not None and end is not None and end <= begin: raise DataError(f"--stop {end:g} is not after --start {begin:g}: there is no stretch between them")
     if bool(models) == bool(encoder):
         raise DataError("give --model, a folder or an id on the Hub, or --encoder, a CLIP that recognises zero-shot, such as ViT-B-16-quickgelu" +
                         "; a model brings its own encoder, so not both" * bool(models))
+    for one in models:
+        if not any(map(os.path.isdir, (expand(one), from_root(one)))) and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", one):
+            raise DataError(f"--model {brief(one, 300)}: no such folder; give the folder of a finished run or of a saved recognizer, or a model's id on the Hub (owner/name)")
+    if weights and (weights.lower().endswith(_FILES) or os.sep in weights) and not os.path.isfile(os.path.expanduser(weights)):
+        raise DataError(f"--weights {brief(weights, 300)}: no such file")
+
+
+def _recognizer(models: list[str], encoder: Optional[str], weights: Optional[str], device: Optional[str],
+                trust_code: bool = False) -> "Recognizer":
+    from xmic.recognizer import Recognizer
     if encoder: return Recognizer.zero_shot(encoder, weights, device)
     return Recognizer.from_pretrained(models, device, weights, trust_code)
 
@@ -258,7 +285,8 @@ def _inputs(named: list[Optional[str]], models: list[str]) -> list[str | Path]:
 def _answers(recognizer: "Recognizer", video: str, ask: dict, every: Optional[float], start: Optional[float], stop: Optional[float],
              fps: Optional[float]) -> Iterator["Recognition"]:
     from xmic.files import DataError
-    from xmic.timeline import is_stream, open_stream
+    from xmic.names import is_stream
+    from xmic.timeline import open_stream
     if not is_stream(video):
         yield from recognizer.predict_along(video, **ask, every=every, start=start, stop=stop)
         return
@@ -310,17 +338,19 @@ def predict(
     reads.check()
     length, begin, end = (None if t in (None, "all") else seconds(t) for t in (every, start, stop))
     given = videos(video, recursive)
+    _check_given(given, model, encoder, weights, length, begin, end, every)
     asked = {".csv": table, ".srt": subtitles, ".eaf": tiers, ".html": page, ".mp4": annotated}
     outputs = {ending: _outputs(place, given, ending) for ending, place in asked.items() if place}
     inputs = _inputs([*given, nouns, verbs, weights, boxes, detector_model], model)
     for place in filter(None, chain(*outputs.values())): check_output(place, inputs, overwrite, "--overwrite")
     ask = dict(nouns=_names(nouns, "noun"), verbs=_names(verbs, "verb"), top=top)
-    from xmic.timeline import Timeline, is_stream
+    from xmic.names import is_stream
     if (fps or first_frame is not None) and not any(is_stream(one) or os.path.isdir(one) for one in given):
         raise DataError("--fps and --first-frame are for streams and folders of frames; a video file says its own rate")
     if ask["nouns"] is None and ask["verbs"] is None:
         raise DataError("say what to recognise: --nouns, --verbs, or both")
     ask["boxes"] = _boxes(boxes, boxes_gap, detector, detector_model)
+    from xmic.timeline import Timeline  # and with it torch
     if annotated and (stream := next(filter(is_stream, given), None)):
         raise DataError(f"{stream}: the frames of a stream are gone once they are seen; --video needs a file")
     recognizer = _recognizer(model, encoder, weights, device, trust_code)
@@ -349,7 +379,7 @@ def predict(
                 writers[ending](output, overwrite=overwrite)
                 _say(f"{output} written{part}")
         except DataError as e:
-            _say(e)
+            _say(_as_options(str(e)))
             failed += 1
     if failed: raise typer.Exit(1)
 
