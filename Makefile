@@ -29,6 +29,7 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(UV) pip install --quiet --compile-bytecode -r requirements.lock
 	$(UV) pip install --quiet --compile-bytecode --no-deps -e .
+	@if [ -d .git ]; then $(BIN)/nbdev_install_hooks > /dev/null || echo "git's hooks for notebooks could not be installed; everything else works"; fi
 	@touch $@
 
 test: env

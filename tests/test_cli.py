@@ -376,6 +376,7 @@ def test_what_is_wrong_is_told_without_loading_torch(tmp_path, options, words):
     ("fetch them: create_encoder('ViT-B-16-quickgelu', weights='/path/to/file')", "fetch them: --encoder ViT-B-16-quickgelu --weights /path/to/file"),
     ("Or pass a weight file, or weights='random'", "Or pass a weight file, or --weights random"), ("fps=0.0 must be a number", "--fps 0.0 must be a number"),
     ("backend='torchcodec' needs the package", "--backend torchcodec needs the package"), ("give it as Backend(fps=...)", "give it as --fps NUMBER"),
-    ("it exists; overwrite=True overwrites it", "it exists; --overwrite overwrites it"), ("device 'mps', but torch", "device 'mps', but torch")])
+    ("it exists; overwrite=True overwrites it", "it exists; --overwrite overwrites it"), ("device 'mps', but torch", "--device 'mps', but torch"),
+    ("backend is 'a' or 'b', code of your own as 'f.py:Name', or an object with open(path), not 'c'", "--backend is 'a' or 'b', code of your own as 'f.py:Name', not 'c'")])
 def test_messages_name_options_of_the_command(python, command):
     assert _as_options(python) == command

@@ -107,8 +107,9 @@ def test_published_checkpoint_converts_to_the_same_features(released, golden, tm
     assert about["epoch"] == 5 and about["args"]["clip_length"] == 4 and about["config"]["frames"] == 4
     written = to.stat().st_mtime_ns
     assert convert_checkpoint(golden / "lavila_checkpoint.pt", config, to) == to and to.stat().st_mtime_ns == written
-    to.write_bytes(to.read_bytes()[:-4])
-    convert_checkpoint(golden / "lavila_checkpoint.pt", config, to)
+    to.write_bytes(to.read_bytes()[:-4])  # not what was written: damaged, or somebody else's
+    with pytest.raises(DataError, match="exists already"): convert_checkpoint(golden / "lavila_checkpoint.pt", config, to)
+    convert_checkpoint(golden / "lavila_checkpoint.pt", config, to, overwrite=True)
     assert len(load_file(to)) == 75
 
 

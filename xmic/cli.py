@@ -38,7 +38,8 @@ def _as_options(text: str) -> str:
     "A message of the library with the options of the command in place of arguments of Python."
     text = re.sub(r"create_encoder\('([^']*)', weights=('?)([^')]*)\2\)", r"--encoder \1 --weights \3", text).replace("Backend(fps=...)", "--fps NUMBER")
     text = re.sub(rf"(?<![\w-])({_OPTIONS})=('?)([^'\s,;:]+)\2", r"--\1 \3", text)
-    return re.sub(r"\bbackend is '", "--backend is '", text).replace("overwrite=True", "--overwrite").replace("trust_code=True, or --trust-code with the command xmic", "--trust-code")
+    text = re.sub(r"\bbackend is '", "--backend is '", text).replace(", or an object with open(path), not", ", not").replace("device '", "--device '")
+    return text.replace("overwrite=True", "--overwrite").replace("trust_code=True, or --trust-code with the command xmic", "--trust-code")
 
 
 class _Commands(TyperGroup):

@@ -360,11 +360,12 @@ def convert_checkpoint(
     if not os.path.isfile(path): raise DataError(f"{brief(str(path), 300)}: no such file")
     to = Path(to) if to else path.with_suffix(".safetensors")
     about = to.with_suffix(".json")
-    ours = about.is_file() and {"md5", "sha256", "config"} <= read_json(about, dict).keys()
+    earlier = read_json(about, dict) if about.is_file() else {}
+    ours = {"md5", "sha256", "config"} <= earlier.keys() and (not to.exists() or earlier["sha256"] == _digest(to, "sha256"))
     for output in (to, about): check_output(output, [path], overwrite or ours)
     digest = _digest(path, "md5")
     _check_md5(path, digest, md5)
-    if to.is_file() and about.is_file() and (known := read_json(about, dict)).get("md5") == digest and known.get("sha256") == _digest(to, "sha256"): return to
+    if ours and to.is_file() and earlier["md5"] == digest: return to
     state, plain = read_checkpoint(path)
     config, state = fit_weights(state, config, path)
     try:
