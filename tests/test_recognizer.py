@@ -28,7 +28,8 @@ from xmic.features import ExtractConfig, extract_dataset
 from xmic.files import DataError, read_json
 from xmic.hands import HandBoxes
 from xmic.mini import LISTS, plan, write_reel
-from xmic.recognizer import Recognition, Recognizer, _best_pairs, read_names
+from xmic.classes import read_names
+from xmic.recognizer import Recognition, Recognizer, _best_pairs
 from xmic.config import TrainConfig
 from xmic.streams import Batch
 from xmic.training import load_trained, train

@@ -24,7 +24,8 @@ from world import register_tiny
 from xmic.encoders import create_encoder
 from xmic.files import DataError
 from xmic.recognizer import Recognition, Recognizer
-from xmic.timeline import Timeline, _codec, is_stream, open_stream, timeline
+from xmic.names import is_stream
+from xmic.timeline import Timeline, _codec, open_stream, timeline
 from xmic.video import VideoError, frame_times, probe, read_frames
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM weights")

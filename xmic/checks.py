@@ -272,7 +272,7 @@ def _world_of(root: Path) -> dict | None:
 
 # %% ../nbs/36_checks.ipynb #443d343a
 def _annotations(check: Check, found: _Found) -> None:
-    dataset, root = found.dataset, found.root
+    dataset = found.dataset
     if found.world:
         check.add("Annotations", "note", f"This is the kit's rendered mini world (size {found.world['size']}), compared with what was rendered, "
                   "not with the real dataset.")

@@ -370,7 +370,7 @@ def _prompt_faults(config: TrainConfig) -> list[str]:
 def _released_faults(config: TrainConfig) -> list[str]:
     c, default, named, own = config, TrainConfig(), {config.dataset, *config.targets}, is_code(config.method)
     changed = lambda *names: [name for name in names if getattr(c, name) != getattr(default, name)]
-    faults = [f"leave_last_frame is a rule of the release for EPIC-KITCHENS, which takes no part in this run: leave it out"] * bool(c.leave_last_frame and "epic" not in named)
+    faults = ["leave_last_frame is a rule of the release for EPIC-KITCHENS, which takes no part in this run: leave it out"] * bool(c.leave_last_frame and "epic" not in named)
     faults += [f"{name} is a rule of the release for EGTEA, which takes no part in this run: leave it out"
                for name in changed("egtea_empty_class", "egtea_random_shift") if "egtea" not in named]
     if c.extra_seconds and ("ego4d" not in named or c.method in PIXELS):

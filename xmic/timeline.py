@@ -33,7 +33,6 @@ from .classes import ClassSet
 from .clips import frames_between
 from .files import DataError, brief, check_output, spreadsheet_text, whole_file
 from .hands import HandBoxes, HandDetector
-from .names import is_stream
 from .recognizer import Recognition, Recognizer
 from .video import LENIENT, Backend, VideoError, VideoInfo, _container, _stamps_of, iter_frames, probe
 
