@@ -157,7 +157,6 @@ def test_rows_that_are_cut_are_counted(mini):
 
 
 @pytest.mark.parametrize("fault,words", [(lambda t: t.replace("start_sec", "start"), "no column start_sec"),
-                                         (lambda t: t.replace(",", ";"), "separated by commas"),
                                          (lambda t: t.replace("v0_0", "v0_1"), "repeated"), (lambda t: t.encode("utf-16"), "UTF-16"),
                                          (lambda t: t.replace("pan", "crêpe").encode("latin1"), "UTF-8")])
 def test_own_lists_with_faults(own, fault, words):

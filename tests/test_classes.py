@@ -139,7 +139,7 @@ def test_bad_own_names(wanted):
 
 
 @pytest.mark.parametrize("content, says", [
-    (b"", "not readable as CSV"), (b"id,name\n0,tap\n", "no column key; found: id, name"), (b"id;key\n0;tap\n", "separated by commas"),
+    (b"", "not readable as CSV"), (b"id,name\n0,tap\n", "no column key; found: id, name"),
     (b"id,key\n", "lists no class"), (b"id,key\n0,tap\n0,cup\n", "'cup' has id 0, expected 1"), (b"id,key\n1,tap\n", "expected 0"),
     (b"id,key\n0,tap\nx,cup\n", "whole numbers"), (b"id,key\n0,tap\n1,tap\n", "more than once"), (b"id,key\n0,caf\xe9\n", "line 2 is not UTF-8"),
     ("id,key\n0,tap\n".encode("utf-16"), "NUL byte in line 1"), (b"id,key\n0,tap\n\0\0\0\0", "NUL byte in line 3"),

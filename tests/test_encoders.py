@@ -395,7 +395,7 @@ def hostile(kind: str, path: Path, target: Path, files: Path) -> None:
 def test_hostile_weights_run_nothing(files, tmp_path, kind):
     path, target = tmp_path / "weights.pt", tmp_path / "left_behind"
     hostile(kind, path, target, files)
-    with pytest.raises(DataError, match="not readable as weights alone"): create_encoder(QUICK, path, "cpu")
+    with pytest.raises(DataError, match="not readable as weights alone|holds an object of"): create_encoder(QUICK, path, "cpu")
     assert not target.exists()
     if kind == "script": torch.jit.load(path)
     elif kind == "zip": torch.load(path, weights_only=False)

@@ -149,7 +149,7 @@ def test_extras_name_what_the_kit_imports_and_the_tools_are_in_no_dependency():
     assert {"notebooks", "mini", "workflow", "cluster", "tensorboard", "dev"} <= set(PROJECT["optional-dependencies"])
     needed = {re.match(r"[\w.-]+", d)[0].lower().replace("-", "_") for d in PROJECT["dependencies"]}
     assert not needed & {tool.lower() for tool in TOOLS}
-    names = {"open_clip": "open_clip_torch", "PIL": "pillow", "google": "protobuf", "matplotlib": "seaborn", "cv2": "opencv_python_headless"}
+    names = {"open_clip": "open_clip_torch", "PIL": "pillow", "google": "protobuf", "matplotlib": "seaborn", "cv2": "opencv_python_headless", "yaml": "pyyaml"}
     optional = {"cv2", "ipywidgets"}
     extra = {re.match(r"[\w.-]+", d)[0].lower().replace("-", "_") for e in PROJECT["optional-dependencies"].values() for d in e}
     for path in library.modules():

@@ -526,7 +526,7 @@ def test_a_reader_of_ones_own(tmp_path):
 
 @pytest.mark.parametrize("text, says", [
     ("video_id,start_sec\na,0\n", "no column stop_sec; found: video_id, start_sec"), ("start_sec,stop_sec\n0,1\n", "needs a column video_id or video_path"),
-    ("video_id;start_sec;stop_sec\na;0;1\n", "separated by commas"), ("video_id,start_sec,stop_sec\n", "no segment in it"),
+    ("video_id,start_sec,stop_sec\n", "no segment in it"),
     ("video_id,start_sec,stop_sec\na,0,1\na,2,1\n", "must stop after it starts (1 row)"), ("video_id,start_sec,stop_sec\na,-1,1\n", "negative time (1 row)"),
     ("video_id,start_sec,stop_sec\na,0:01,1\n", "start_sec is not a number"), ("video_id,start_sec,stop_sec\na,0,inf\n", "stop_sec is not a number"),
     ("video_id,start_sec,stop_sec\n,0,1\n", "without video_id"), ("segment_id,video_id,start_sec,stop_sec\nx,a,0,1\nx,b,0,1\n", "repeated (2 rows)"),

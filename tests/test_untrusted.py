@@ -177,7 +177,7 @@ def test_own_runs_go_on_and_are_trusted_by_a_word(trained, evil, tmp_path):
     with pytest.raises(DataError, match="not the file that the run was trained with"): restore(run, torch.device("cpu"), trust_code=True)
 
 
-def test_the_command_shows_it_and_takes_a_flag(sent, evil):
+def test_the_command_shows_it_and_takes_a_flag(sent, evil, tmp_path):
     from typer.testing import CliRunner
     from xmic.cli import app
     call = ["evaluate", f"run={sent(data_root=f'{evil}:read')}", "device=cpu"]
@@ -185,7 +185,8 @@ def test_the_command_shows_it_and_takes_a_flag(sent, evil):
     assert shown.exit_code == 1 and "nothing is run" in shown.output and not (evil.parent / "trace").exists()
     assert CliRunner().invoke(app, [*call, "--trust-code"]).exit_code == 0 and (evil.parent / "trace").exists()
     folder = sent(data_root=None, method=f"{evil}:Method")
-    shown = CliRunner().invoke(app, ["predict", "x.mp4", "--nouns", "pan,cup", "-m", str(folder)])
+    (tmp_path / "x.mp4").touch()
+    shown = CliRunner().invoke(app, ["predict", str(tmp_path / "x.mp4"), "--nouns", "pan,cup", "-m", str(folder)])
     assert shown.exit_code == 1 and "nothing is run" in shown.output
 
 
@@ -263,7 +264,7 @@ def test_absurd_settings_cannot_be_resolved(changes):
     with pytest.raises(DataError, match="cannot be run"): resolve(TrainConfig(**changes))
 
 
-@pytest.mark.parametrize("changes", [dict(targets=[5]), dict(target_roots={"csv": 5}), dict(code={"a.py:B": None}), dict(context_views=[None]), dict(betas=["a", "b"])])
+@pytest.mark.parametrize("changes", [dict(targets=[[5]]), dict(target_roots={"csv": [5]}), dict(code={"a.py:B": None}), dict(context_views=[None]), dict(betas=["a", "b"])])
 def test_lists_and_dicts_hold_what_they_should(changes):
     with pytest.raises(DataError, match=next(iter(changes))): settings(TrainConfig, changes)
     assert settings(TrainConfig, dict(betas=[1, 0.9], targets="epic,ego4d", target_roots={"epic": "a"})).targets == ["epic", "ego4d"]

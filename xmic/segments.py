@@ -552,12 +552,17 @@ def _own_classes(root: str | Path, kind: str) -> ClassSet:
     path = code_file(root) if is_code(root) else _csv_path(root)
     listed = path.parent / f"{kind}s.txt"
     if listed.is_file():
-        return ClassSet.from_names(read_text(listed).rstrip().split("\n"), kind)
+        return _class_set(listed, read_text(listed).rstrip().split("\n"), kind)
     tables = [_code_rows(root, split) for split in ("train", "test")] if is_code(root) else [read_csv(path)]
     names = sorted({name.strip() for table in tables if kind in table for name in table[kind]} - {""})
     if not names:
         raise DataError(f"{root}: no {kind} in it, and no {listed.name} beside it")
-    return ClassSet.from_names(names, kind)
+    return _class_set(path, names, kind)
+
+
+def _class_set(path: Path, names: list[str], kind: str) -> ClassSet:
+    try: return ClassSet.from_names(names, kind)
+    except DataError as e: raise DataError(f"{path}: {e}") from None
 
 
 def read_classes(
