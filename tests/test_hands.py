@@ -600,3 +600,12 @@ def test_they_travel_to_workers(tmp_path):
         copy = pickle.loads(pickle.dumps(boxes))
         assert copy == boxes and hash(copy) == hash(boxes) and copy.fingerprint == boxes.fingerprint
         assert copy.box(segment(), 0, FILE, 456, 256) == boxes.box(segment(), 0, FILE, 456, 256) is not None
+
+
+def test_a_frame_is_found_without_looking_through_all_others(tmp_path):
+    found = read_epic_hands(write(tmp_path / "P01_01.pkl", [message(number=n) for n in (1, 2, 3)]))
+
+    class Counted(dict):
+        def __iter__(self): raise AssertionError("all frames were looked through")
+    found.places = Counted(found.places)
+    assert len(found) == 3 and found[2] == ([], [])

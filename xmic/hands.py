@@ -126,9 +126,10 @@ class EpicHands(Sequence):
                 ):
         self.path, self.messages = path, messages
         self.places = _places(path, messages)
+        self.last = max(self.places, default=0)  # the highest official number
 
-    def __len__(self) -> int:  # the highest official number
-        return max(self.places, default=0)
+    def __len__(self) -> int:
+        return self.last
 
     def __getitem__(self, i: int) -> tuple[list[Hand], list[Object]]:  # type: ignore[override]
         if not 0 <= i < len(self): raise IndexError(i)
