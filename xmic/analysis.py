@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ROW', 'FREQUENCIES', 'SETTINGS', 'predictions', 'accuracies', 'plot_accuracies', 'pair_runs', 'actions',
            'action_accuracies', 'class_frequencies', 'by_frequency', 'by_participant', 'by_official_tail',
-           'reliability', 'calibration_error', 'calibration', 'plot_reliability', 'paired_draws', 'difference',
-           'neighbours', 'plot_differences', 'confusions', 'plot_confusions', 'tidy']
+           'reliability', 'calibration_error', 'calibration', 'plot_reliability', 'difference', 'neighbours',
+           'plot_differences', 'confusions', 'plot_confusions', 'tidy']
 
 # %% ../nbs/25_analysis.ipynb #058805e4
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +20,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from .classes import ClassSet
-from .evaluation import accuracy, mean_per_class
+from .evaluation import accuracy, mean_per_class, paired_draws
 from .names import visible
 from .files import DataError, check_trust, did_you_mean, figure_text, from_root, read_json, settings
 from .paper import harmonic_mean, over_seeds
@@ -366,16 +366,6 @@ def plot_reliability(
     return fig
 
 # %% ../nbs/25_analysis.ipynb #377d9bc1
-def paired_draws(
-    right: np.ndarray,  # (N, R) bool: N segments, R runs
-    rng: np.random.Generator,
-    resamples: int = 2000,
-) -> np.ndarray:  # (resamples, R) accuracies, per cent
-    "Accuracies of several runs when their common segments are drawn again with replacement, the same for all."
-    patterns, counts = np.unique(right, axis=0, return_counts=True)
-    return 100 * rng.multinomial(len(right), counts / len(right), resamples) @ patterns / len(right)
-
-
 def difference(
     first: np.ndarray,  # (N, S) bool, right or wrong: N segments, one column a seed
     second: np.ndarray,  # (N, T) bool, of the same segments

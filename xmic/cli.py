@@ -154,7 +154,7 @@ def _check_given(given: list[str], models: list[str], encoder: Optional[str], we
                  begin: Optional[float], end: Optional[float], every: str) -> None:
     "`DataError` for what can be seen without torch: videos, models and weights that are not there, and times that cannot be."
     from xmic.files import DataError, brief, expand, from_root
-    from xmic.names import is_stream
+    from xmic.names import is_hub_id, is_stream
     if missing := [one for one in given if not is_stream(one) and not os.path.exists(one)]:
         raise DataError("\n  ".join(f"{brief(one, 300)}: no such file" for one in missing[:5]) + f"\n  and {len(missing) - 5} more" * (len(missing) > 5))
     if length is not None and not length > 0: raise DataError(f"--every {every}: stretches have a length above 0 seconds; or give all")
@@ -163,7 +163,7 @@ def _check_given(given: list[str], models: list[str], encoder: Optional[str], we
         raise DataError("give --model, a folder or an id on the Hub, or --encoder, a CLIP that recognises zero-shot, such as ViT-B-16-quickgelu" +
                         "; a model brings its own encoder, so not both" * bool(models))
     for one in models:
-        if not any(map(os.path.isdir, (expand(one), from_root(one)))) and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", one):
+        if not any(map(os.path.isdir, (expand(one), from_root(one)))) and not is_hub_id(one):
             raise DataError(f"--model {brief(one, 300)}: no such folder; give the folder of a finished run or of a saved recognizer, or a model's id on the Hub (owner/name)")
     if weights and (weights.lower().endswith(_FILES) or os.sep in weights) and not os.path.isfile(os.path.expanduser(weights)):
         raise DataError(f"--weights {brief(weights, 300)}: no such file")

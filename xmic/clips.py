@@ -11,6 +11,7 @@ __all__ = ['ROUNDED', 'WHOLE_FILE', 'ENDS', 'LARGEST_INDEX', 'READ_AT_ONCE', 'BY
 import hashlib
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ import numpy as np
 from .files import DataError
 from .hands import HandBoxes
 from .pixels import Preprocess, crop_edges
+from .segments import epic_frame_rate
 from .video import Backend, VideoError, VideoInfo, frame_indices, iter_frames, out_of_memory, probe
 
 # %% ../nbs/13_clips.ipynb #9c8dbc4d
@@ -153,7 +155,9 @@ def folder_rate(
     "The rate of a segment's folder of frames, as its row says or as the extension of EPIC-KITCHENS has it."
     fps = getattr(segment, "fps", None)
     if fps is not None and fps == fps: return float(fps)
-    return 50.0 if re.fullmatch(r"P\d\d_\d{3}", segment.video_id) else None
+    with suppress(DataError):
+        if (rate := epic_frame_rate(segment.video_id)) != 60: return float(rate)
+    return None
 
 # %% ../nbs/13_clips.ipynb #11bf3464
 ENDS = 1 << 16  # bytes at either end of a file

@@ -392,21 +392,24 @@ def _released_faults(config: TrainConfig) -> list[str]:
 
 
 # %% ../nbs/23_config.ipynb #b5a1c006
+def _legacy(values: dict[str, Any]) -> dict[str, Any]:
+    return LEGACY | {"bottleneck": PUBLISHED.get(str(values.get("method")), {}).get("bottleneck", ALIKE["bottleneck"])}
+
+
 def as_it_was(
     values: dict[str, Any],  # of a config.json, of any version
 ) -> dict[str, Any]:
     "The settings with those that are newer than the file, as they were in fact."
     if "leave_last_frame" in values: return values
-    bottleneck = PUBLISHED.get(str(values.get("method")), {}).get("bottleneck", ALIKE["bottleneck"])
     resize = {"resize": "by dataset"} if values.get("resize") == "as released" else {}
-    return LEGACY | {"bottleneck": bottleneck} | values | resize
+    return _legacy(values) | values | resize
 
 
 def said_in_names(
     values: dict[str, Any],  # settings of a resolved run
 ) -> dict[str, Any]:
     "The settings that a run's name is made from: newer ones only where they differ from what earlier runs have in fact."
-    usual = LEGACY | {"bottleneck": PUBLISHED.get(str(values.get("method")), {}).get("bottleneck", ALIKE["bottleneck"])}
+    usual = _legacy(values)
     resize = {"by dataset": "as released", "as released": "as released, to the pixel"}.get(values.get("resize", ""), values.get("resize"))
     return {k: v for k, v in values.items() if k not in usual or v != usual[k]} | ({"resize": resize} if "resize" in values else {})
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['top1', 'restrict', 'restricted_top1', 'predict', 'sum_classes', 'split_logits', 'accuracy', 'mean_per_class',
-           'summarise', 'harmonic_means', 'against_zero_shot']
+           'summarise', 'harmonic_means', 'paired_draws', 'against_zero_shot']
 
 # %% ../nbs/22_evaluation.ipynb #752da268
 from typing import Iterable, Mapping
@@ -170,6 +170,16 @@ def harmonic_means(
     return means
 
 # %% ../nbs/22_evaluation.ipynb #192b7e5a
+def paired_draws(
+    right: np.ndarray,  # (N, R) bool: N segments, R runs
+    rng: np.random.Generator,
+    resamples: int = 2000,
+) -> np.ndarray:  # (resamples, R) accuracies, per cent
+    "Accuracies of several runs when their common segments are drawn again with replacement, the same for all."
+    patterns, counts = np.unique(right, axis=0, return_counts=True)
+    return 100 * rng.multinomial(len(right), counts / len(right), resamples) @ patterns / len(right)
+
+
 def against_zero_shot(
     predictions: dict[str, pd.DataFrame],  # by kind, as `predict` gives them with `beside`
     seed: int = 0,  # of the bootstrap
@@ -186,9 +196,7 @@ def against_zero_shot(
 
 
 def _paired(ours: np.ndarray, theirs: np.ndarray, rng: np.random.Generator, resamples: int) -> dict:
-    n, apart = len(ours), ours.astype(int) - theirs.astype(int)
-    if n == 0: return dict(difference=None, low=None, high=None, count=0)
-    won, lost = float((apart > 0).mean()), float((apart < 0).mean())
-    drawn = rng.multinomial(n, [won, lost, max(0.0, 1 - won - lost)], resamples)
-    low, high = np.quantile(100 * (drawn[:, 0] - drawn[:, 1]) / n, [0.025, 0.975])
-    return dict(difference=100 * (won - lost), low=float(low), high=float(high), count=n)
+    if len(ours) == 0: return dict(difference=None, low=None, high=None, count=0)
+    drawn = paired_draws(np.stack([ours, theirs], axis=1), rng, resamples)
+    low, high = np.quantile(drawn[:, 0] - drawn[:, 1], [0.025, 0.975])
+    return dict(difference=100 * float(ours.mean() - theirs.mean()), low=float(low), high=float(high), count=len(ours))

@@ -689,9 +689,10 @@ def _failed_as_now(record: dict, row: Any, size: Callable, identity: Callable) -
 
 
 def _left_to_do(segments: pd.DataFrame, stores: list[FeatureStore], views: tuple[str, ...], report: ExtractReport) -> dict[str, list]:
-    renamed = [_rename_counted(StoredView(s.root / v), segments) for s in stores for v in views]
-    report.renamed = len(set().union(*renamed))
     opened = [StoredView(s.root / v) for s in stores for v in views]
+    renamed = [_rename_counted(view, segments) for view in opened]
+    report.renamed = len(set().union(*renamed))
+    opened = [StoredView(view.folder) if names else view for view, names in zip(opened, renamed)]
     for view in opened:
         with suppress(DataError): view.save_index()  # so that the next start, after a kill, need not open these shards again
     noted = [s.failures(v) for s in stores for v in views]
@@ -756,8 +757,8 @@ def counted_ids(
 ) -> dict[str, str]:  # stored id -> shard
     "Stored segments of these videos under ids that count rows, as earlier versions gave them, which no segment has now."
     ids, videos = set(segments.segment_id), {shard_name(video): video for video in segments.video_id.unique()}
-    counted = {shard: re.compile(rf"(?:(?:train|test)_)?{re.escape(video)}_[1-9]\d*") for shard, video in videos.items()}
-    return {i: shard for i in view.place if i not in ids and (shard := view.shard_of(i)) in counted and counted[shard].fullmatch(i)}
+    others = ((i, view.shard_of(i)) for i in view.place if i not in ids)
+    return {i: shard for i, shard in others if shard in videos and re.fullmatch(rf"(?:(?:train|test)_)?{re.escape(videos[shard])}_[1-9]\d*", i)}
 
 
 def _rename_counted(view: StoredView, segments: pd.DataFrame) -> set[str]:  # the new ids
@@ -767,9 +768,10 @@ def _rename_counted(view: StoredView, segments: pd.DataFrame) -> set[str]:  # th
     by_shard: dict[str, dict[str, Origin]] = {}
     for old, shard in counted_ids(view, segments).items(): by_shard.setdefault(shard, {})[old] = view.origins.get(old, Origin(None, None))
     identity, made = cache(video_identity), set()
+    wanted = dict(iter(lacking.groupby(lacking.video_id.map(shard_name))))
     for shard, stored in by_shard.items():
         names: dict[str, str] = {}
-        for row in lacking[lacking.video_id.map(shard_name) == shard].itertuples(index=False):
+        for row in wanted[shard].itertuples(index=False) if shard in wanted else ():
             same = (old for old, origin in stored.items() if old not in names and origin.span and origin.video and
                     origin.span == span_now(row, origin.span, view.manifest.get("feature_fps") != "every frame") and origin.video == identity(row.video_path))
             if (found := next(same, None)) is not None: names[found] = row.segment_id

@@ -747,7 +747,7 @@ def settings(
 
 
 def _annotated(cell: str) -> set[str]:
-    "The names that a cell sets as a cell of parameters does: `name: kind = value`, or, by papermill, `name = value`."
+    "The names that a cell sets as a cell of parameters does: `name: kind = value`."
     try: body = ast.parse(cell).body
     except SyntaxError: return set()
     return {node.target.id for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}

@@ -10,7 +10,6 @@ import io
 import json
 import math
 import os
-import re
 import shlex
 import tempfile
 import warnings
@@ -34,7 +33,7 @@ from .classes import ClassSet, _own_names
 from .clips import READ_AT_ONCE, wanted_frames
 from .encoders import ClassEmbeddings, Encoder, create_encoder, embed_prompts, feature_width
 from .features import released_encoder, resize_policy
-from .names import plain_name
+from .names import is_hub_id, plain_name
 from .files import (DataError, brief, cache_folder, check_output, code_file, code_name, code_sha256, expand, from_root, is_code, markdown_code, markdown_text, read_json,
                         whole_file, write_json)
 from .hands import Box, HandBoxes, HandDetector, on_frame
@@ -343,7 +342,7 @@ def _local(
     "The folder on this machine; `DataError` where there is none and none can be fetched."
     for place in (expand(folder), from_root(folder)):
         if os.path.isdir(place): return place
-    if not isinstance(folder, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", folder):
+    if not isinstance(folder, str) or not is_hub_id(folder):
         raise DataError(f"{folder}: no such folder; give the folder of a finished run or of a saved recognizer, or a model's id on the Hub (owner/name)")
     try:
         return Path(huggingface_hub.snapshot_download(folder, allow_patterns=["config.json", "*.safetensors", "README.md", "code/*.py"]))

@@ -667,7 +667,6 @@ class Backend:
         if self.decoder == "torchcodec" and find_spec("torchcodec") is None: _torchcodec()
         if self.fps is not None and not 0 < self.fps < 1e6:
             raise DataError(f"fps={self.fps} must be a number of frames per second above 0")
-
         if self.first_frame is not None and not (isinstance(self.first_frame, int) and 0 <= self.first_frame < 1e15):
             raise DataError(f"first_frame={self.first_frame!r} must be a whole number from 0 on")
 
