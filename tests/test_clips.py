@@ -46,10 +46,17 @@ def test_folders_count_official_frames_from_one():
 
 
 def test_a_grid_of_the_video():
-    grid = np.floor(np.arange(0, 400) * 7.5 + 0.5).astype(int)
+    grid = np.round(np.arange(0, 400) * 7.5).astype(int)
     for start, stop in ((0.0, 10.0), (1.0, 4.0), (2.93, 3.91), (5.17, 5.48)):
         first, last = round(start * 30), round(stop * 30)
         assert wanted_frames(info(), segment(start=start, stop=stop), 4).tolist() == [g for g in grid if first <= g < last]
+
+
+@pytest.mark.parametrize("fps", [10.0, 12.5, 24.0, 25.0, 30.0, 50.0, 60.0, 30000 / 1001, 60000 / 1001])
+def test_at_a_constant_rate_a_time_is_rounded_to_a_frame_as_ever(fps):
+    "Also where it lies midway between two frames, as 0.1 s does at 25 a second."
+    for seconds in (np.arange(0, 3000) / 100, np.arange(0, 30_000) / 1000):
+        assert frame_at(seconds, info(frames=int(fps * 40), fps=fps)).tolist() == [round(float(s) * fps) for s in seconds]
 
 
 def test_a_short_segment_keeps_its_middle_frame():

@@ -41,7 +41,9 @@ def frame_at(
         shown = np.searchsorted(times, seconds + ROUNDED, "right") - 1
         return np.where(seconds >= info.end, info.frames, np.maximum(shown, 0))
     beyond = np.round((seconds - times[-1]) * info.fps).astype(np.int64)
-    return np.where(beyond > 0, info.frames - 1 + beyond, np.searchsorted(times, seconds - 0.5 / info.fps + 1e-6))
+    least, most = (np.searchsorted(times, seconds - 0.5 / info.fps + aside) for aside in (-1e-6, 1e-6))  # two where a time lies midway between two frames
+    nearest = np.clip(np.round((seconds - times[0]) * info.fps), least, most).astype(np.int64)
+    return np.where(beyond > 0, info.frames - 1 + beyond, nearest)
 
 
 def frames_between(
